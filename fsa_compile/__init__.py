@@ -1,0 +1,1 @@
+"""fsa_compile: ``torch.compile(model, backend="fsa")`` for Native Sparse Attention."""
