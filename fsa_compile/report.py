@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 
@@ -215,10 +215,27 @@ class Report:
         return sum(s.verdict is Verdict.REWRITTEN for s in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, strings and numbers."""
-        plain = asdict(self, dict_factory=lambda items: {k: v.value if isinstance(v, enum.Enum) else v for k, v in items})
-        return {"rewritten": self.rewritten, **plain}
+        """Plain dictionaries, lists, strings and numbers: what `to_json` writes and `json.loads` reads back."""
+        return {"rewritten": self.rewritten, **_plain(self)}
 
     def to_json(self, **kwargs: Any) -> str:
         """`to_dict` as JSON; keyword arguments go to `json.dumps`."""
         return json.dumps(self.to_dict(), **kwargs)
+
+    def __str__(self) -> str:
+        """The table that ``options={"report": "full"}`` prints, without colour."""
+        from fsa_compile import console
+
+        return console.render(self, "full")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
