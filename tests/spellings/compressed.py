@@ -1,0 +1,197 @@
+"""Compressed branches: the user's own compression, then attention whose query sees a key once its last token is past.
+
+Early queries see no compressed key. Users answer that in different ways: `nan_to_num`, probabilities set to 0, the output set to 0,
+SDPA (which gives 0), or learned memory tokens in front.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spelling import (
+    BLOCK,
+    DIM,
+    GROUP,
+    KV_HEADS,
+    QKV,
+    SCALE,
+    Kind,
+    Mutant,
+    flipped,
+    interleave,
+    keep,
+    rolled,
+    spell,
+    swapped,
+    tile,
+)
+
+Comparison = Callable[[Tensor, Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
+
+KERNEL, STRIDE = 8, 4
+
+
+def overlapping_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    last: int = KERNEL - 1,
+    stride: int = STRIDE,
+    sees: Comparison = operator.ge,
+    values: Change = keep,
+    axis: int = -1,
+) -> Tensor:
+    """Means of overlapping windows by `unfold`; `i >= c * s + l - 1`; -inf, then `nan_to_num` for the first rows."""
+    n = k.shape[2]
+    small_k = k.unfold(2, KERNEL, STRIDE).mean(-1)
+    small_v = values(v.unfold(2, KERNEL, STRIDE).mean(-1))
+    end = torch.arange(small_k.shape[2]) * stride + last
+    visible = sees(torch.arange(n)[:, None], end[None, :])
+    logits = q @ interleave(small_k, GROUP).transpose(-1, -2) * SCALE
+    weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=axis)
+    return torch.nan_to_num(weights, 0.0) @ interleave(small_v, GROUP)
+
+
+def block_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ahead: int = 1,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+    scale: float = SCALE,
+    sees: Comparison = operator.ge,
+) -> Tensor:
+    """Means of blocks; `i >= (j + 1) * B`, one token later than necessary; probabilities of hidden keys set to 0."""
+    b, hkv, n, d = k.shape
+    small_k, small_v = (x.view(b, hkv, n // BLOCK, BLOCK, d).mean(dim=3) for x in (k, v))
+    visible = sees(torch.arange(n).unsqueeze(-1), (torch.arange(n // BLOCK) + ahead) * BLOCK)
+    logits = torch.einsum("bhid,bhcd->bhic", q, heads(small_k, GROUP)) * scale
+    weights = torch.where(visible, logits, torch.finfo(logits.dtype).min).softmax(-1)
+    weights = weights.masked_fill(~visible, 0.0)
+    return torch.einsum("bhic,bhcd->bhid", weights, heads(small_v, GROUP))
+
+
+def flattened_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Tensor,
+    to_key: Tensor,
+    to_value: Tensor,
+    *,
+    last: int = BLOCK - 1,
+    keys: Change = keep,
+    scale: float = SCALE,
+) -> Tensor:
+    """A linear map of flattened blocks with a position embedding; boolean mask into SDPA, which gives 0 without a key."""
+    n = k.shape[2]
+    fan_in = BLOCK * DIM
+    small_k = F.linear((k.unflatten(2, (-1, BLOCK)) + place).flatten(3), to_key * fan_in**-0.5)
+    small_v = F.linear((v.unflatten(2, (-1, BLOCK)) + place).flatten(3), to_value * fan_in**-0.5)
+    mask = torch.arange(n)[:, None] >= torch.arange(n // BLOCK) * BLOCK + last
+    return F.scaled_dot_product_attention(q, keys(small_k), small_v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def memory_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    *,
+    ahead: int = 1,
+    seen: bool = True,
+    sees: Comparison = operator.lt,
+    values: Change = keep,
+) -> Tensor:
+    """Two learned tokens in front, always visible; block means behind; -finfo.max."""
+    b, hkv, n, d = k.shape
+    front_k, front_v = memory.unsqueeze(1).expand(2, b, -1, -1, -1)
+    small_k = torch.cat((front_k, k.unflatten(2, (-1, BLOCK)).mean(3)), dim=2)
+    small_v = torch.cat((front_v, values(v).unflatten(2, (-1, BLOCK)).mean(3)), dim=2)
+    end = (torch.arange(n // BLOCK) + ahead) * BLOCK - 1
+    visible = F.pad(sees(end[None], torch.arange(n)[:, None]), (2, 0), value=seen)
+    logits = torch.einsum("bhgid,bhcd->bhgic", q.unflatten(1, (hkv, GROUP)), small_k) * d**-0.5
+    logits = logits.masked_fill(~visible, -torch.finfo(logits.dtype).max)
+    return torch.einsum("bhgic,bhcd->bhgid", logits.softmax(-1), small_v).flatten(1, 2)
+
+
+def zeroed_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    *,
+    later: int = 0,
+    scale: float = SCALE,
+    values: Change = keep,
+    axis: int = -1,
+) -> Tensor:
+    """A learned weighted mean of each block; -1e9, and rows that see nothing are multiplied by 0 at the end."""
+    n = k.shape[2]
+    share = weight.softmax(-1)
+    small_k = torch.einsum("bhcrd,r->bhcd", k.unflatten(2, (-1, BLOCK)), share)
+    small_v = torch.einsum("bhcrd,r->bhcd", v.unflatten(2, (-1, BLOCK)), share)
+    hidden = torch.arange(n)[:, None] < torch.arange(n // BLOCK)[None, :] * BLOCK + BLOCK - 1 + later
+    logits = (q * scale) @ interleave(small_k, GROUP).mT
+    out = logits.masked_fill(hidden, -1e9).softmax(axis) @ interleave(values(small_v), GROUP)
+    return out * (~hidden).any(-1, keepdim=True).to(out.dtype)
+
+
+SPELLINGS = (
+    spell(
+        overlapping_means,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"last": KERNEL}),
+        Mutant("strict", {"sees": operator.gt}),
+        Mutant("stride 5 in the mask", {"stride": STRIDE + 1}),
+        Mutant("rolled values", {"values": rolled}),
+        Mutant("softmax over queries", {"axis": -2}, must_refuse=True),
+        role="compressed",
+    ),
+    spell(
+        block_means,
+        Kind.COMPRESSED,
+        Mutant("the own block leaks", {"ahead": 0}),
+        Mutant("strict", {"sees": operator.gt}),
+        Mutant("heads tiled", {"heads": tile}),
+        Mutant("scale dropped", {"scale": 1.0}),
+        role="compressed",
+    ),
+    spell(
+        flattened_linear,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"last": BLOCK}),
+        Mutant("key heads swapped", {"keys": swapped}),
+        Mutant("scale doubled", {"scale": 2 * SCALE}),
+        role="compressed",
+        shapes=(*QKV, (BLOCK, DIM), (DIM, BLOCK * DIM), (DIM, BLOCK * DIM)),
+    ),
+    spell(
+        memory_tokens,
+        Kind.COMPRESSED,
+        Mutant("memory hidden", {"seen": False}, must_refuse=True),
+        Mutant("inclusive", {"sees": operator.le}),
+        Mutant("the own block leaks", {"ahead": 0}),
+        Mutant("flipped values", {"values": flipped}),
+        role="compressed",
+        shapes=(*QKV, (2, KV_HEADS, 2, DIM)),
+    ),
+    spell(
+        zeroed_rows,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"later": 1}),
+        Mutant("scale dropped", {"scale": 1.0}),
+        Mutant("value heads swapped", {"values": swapped}),
+        Mutant("softmax over queries", {"axis": 2}, must_refuse=True),
+        role="compressed",
+        shapes=(*QKV, (BLOCK,)),
+    ),
+)

@@ -1,0 +1,424 @@
+"""S1: the selection becomes a dense boolean mask over all keys, and attention is the usual softmax.
+
+`topk -> zeros(bool).scatter_(-1, idx, True) -> tokens -> & causal -> masked_fill -> softmax -> @ V`, the most common spelling.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spelling import (
+    BLOCK,
+    GROUP,
+    KV_HEADS,
+    QKV,
+    QKV_BNHD,
+    SCALE,
+    TOP_K,
+    Kind,
+    Mutant,
+    choose_blocks,
+    flipped,
+    interleave,
+    keep,
+    rolled,
+    spell,
+    swapped,
+    tile,
+)
+
+Comparison = Callable[[Tensor, Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
+
+
+def scatter_then_index(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sees: Comparison = operator.ge,
+    axis: int = -1,
+    values: Change = keep,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+) -> Tensor:
+    """`scatter_(True)` into blocks, `[..., tok // B]` to tokens, -inf, BHND, `repeat_interleave` for GQA."""
+    b, hkv, n, d = k.shape
+    indices = choose_blocks(q, k)
+    chosen = torch.zeros(b, hkv, n, n // BLOCK, dtype=torch.bool).scatter_(-1, indices, True)
+    position = torch.arange(n)
+    visible = chosen[..., position // BLOCK] & sees(position[:, None], position[None, :])
+    k, v = heads(k, GROUP), heads(values(v), GROUP)
+    logits = torch.matmul(q, k.transpose(-2, -1)) * d**-0.5
+    logits = logits.masked_fill(~visible.repeat_interleave(GROUP, dim=1), float("-inf"))
+    return torch.matmul(torch.softmax(logits, dim=axis), v)
+
+
+def widen_by_repeat(x: Tensor, block: int) -> Tensor:
+    """(..., blocks) to (..., n): token j belongs to block j // B."""
+    return x.repeat_interleave(block, dim=-1)
+
+
+def widen_by_tile(x: Tensor, block: int) -> Tensor:
+    """(..., blocks) to (..., n) with token j in block j % blocks: tile for interleave."""
+    return x.repeat(1, 1, 1, block)
+
+
+def repeat_then_where(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = BLOCK,
+    widen: Callable[[Tensor, int], Tensor] = widen_by_repeat,
+    scale: float = SCALE,
+    sees: Comparison = operator.ge,
+) -> Tensor:
+    """`repeat_interleave(B)` to tokens, `torch.where` with `finfo.min`, own block forced."""
+    b, hkv, n, _ = k.shape
+    indices = choose_blocks(q, k, block=block, force_own=True)
+    chosen = torch.zeros((b, hkv, n, n // block), dtype=torch.bool).scatter(-1, indices, True)
+    position = torch.arange(n)
+    visible = widen(chosen, block) & sees(position.unsqueeze(-1), position)
+    visible = visible.repeat_interleave(GROUP, dim=1)
+    logits = (q @ k.repeat_interleave(GROUP, dim=1).mT) * scale
+    logits = torch.where(visible, logits, torch.finfo(logits.dtype).min)
+    return logits.softmax(dim=-1) @ v.repeat_interleave(GROUP, dim=1)
+
+
+def bnhd_expand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    fill: float = -1e9,
+    sees: Comparison = operator.le,
+    axis: int = -1,
+    topk: int = TOP_K,
+    group_axis: int = 3,
+) -> Tensor:
+    """BNHD with einsum, GQA by `expand` + `reshape`, fill -1e9."""
+    b, n, hkv, d = k.shape
+    indices = choose_blocks(q.transpose(1, 2), k.transpose(1, 2), topk=topk)
+    chosen = torch.zeros(b, hkv, n, n // BLOCK, dtype=torch.bool)
+    chosen.scatter_(3, indices, True)
+    visible = chosen.repeat_interleave(BLOCK, dim=3) & sees(torch.arange(n), torch.arange(n)[:, None])
+    visible = visible[:, :, None].expand(b, hkv, GROUP, n, n).reshape(b, hkv * GROUP, n, n)
+    sizes = (b, n, hkv, GROUP, d) if group_axis == 3 else (b, n, GROUP, hkv, d)
+    k = k.unsqueeze(group_axis).expand(sizes).reshape(b, n, hkv * GROUP, d)
+    v = v.unsqueeze(group_axis).expand(sizes).reshape(b, n, hkv * GROUP, d)
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
+    weights = F.softmax(logits.masked_fill(visible.logical_not(), fill), dim=axis)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def group_by_interleave(q: Tensor) -> Tensor:
+    """(b, hq, n, d) to (b, hkv, g, n, d): query head h in group h // g."""
+    return q.view(q.shape[0], KV_HEADS, GROUP, *q.shape[2:])
+
+
+def group_by_tile(q: Tensor) -> Tensor:
+    """(b, hq, n, d) to (b, hkv, g, n, d): query head h in group h % hkv."""
+    return q.view(q.shape[0], GROUP, KV_HEADS, *q.shape[2:]).transpose(1, 2)
+
+
+def grouped_einsum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grouped: Change = group_by_interleave,
+    values: Change = keep,
+    scale: float = SCALE,
+    axis: int = -1,
+) -> Tensor:
+    """GQA without a repeat: q as (b, hkv, g, n, d), einsum over the group."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, force_own=True)
+    chosen = torch.zeros_like(indices[..., :1], dtype=torch.bool).expand(-1, -1, -1, n // BLOCK).scatter(-1, indices, True)
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    visible = (chosen[..., None].expand(*chosen.shape, BLOCK).flatten(-2) & causal).unsqueeze(2)
+    logits = torch.einsum("bhgid,bhjd->bhgij", grouped(q), k) * scale
+    logits = logits.masked_fill(~visible, float("-inf"))
+    return torch.einsum("bhgij,bhjd->bhgid", logits.softmax(axis), values(v)).flatten(1, 2)
+
+
+def softmax_by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    axis: int = -1,
+    values: Change = keep,
+    sees: Comparison = operator.ge,
+) -> Tensor:
+    """max, exp, sum and a division instead of `softmax`."""
+    b, hkv, n, d = k.shape
+    indices = choose_blocks(q, k, force_own=True)
+    chosen = torch.zeros(b, hkv, n, n // BLOCK, dtype=torch.bool).scatter_(-1, indices, True)
+    position = torch.arange(n)
+    visible = chosen[:, :, :, position // BLOCK] & sees(position.view(-1, 1), position.view(1, -1))
+    visible = visible.repeat_interleave(GROUP, 1)
+    logits = q @ k.repeat_interleave(GROUP, 1).transpose(-1, -2) / d**0.5
+    logits = logits.masked_fill(~visible, float("-inf"))
+    logits = logits - logits.amax(dim=axis, keepdim=True)
+    weights = logits.exp()
+    weights = weights / weights.sum(dim=axis, keepdim=True)
+    return weights @ values(v).repeat_interleave(GROUP, 1)
+
+
+def one_hot_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = BLOCK,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+    sees: Comparison = operator.gt,
+    scale: float = SCALE,
+) -> Tensor:
+    """Blocks by `one_hot(idx).sum(-2)`, the causal mask by the hidden half."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, block=block)
+    chosen = F.one_hot(indices, n // block).sum(-2) > 0
+    future = sees(torch.arange(n)[None, :], torch.arange(n)[:, None])
+    hidden = ~chosen.repeat_interleave(block, -1) | future
+    logits = torch.einsum("bhid,bhjd->bhij", q * scale, heads(k, GROUP))
+    logits = logits.masked_fill(hidden.repeat_interleave(GROUP, 1), -torch.finfo(logits.dtype).max)
+    return torch.einsum("bhij,bhjd->bhid", logits.softmax(-1), heads(v, GROUP))
+
+
+def index_put(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    offset: int = 0,
+    sees: Comparison = operator.ge,
+    values: Change = keep,
+) -> Tensor:
+    """`mask[b, h, i, idx] = True`, then the own block by a second assignment; `offset` moves the tokens against the blocks."""
+    b, hkv, n, d = k.shape
+    indices = choose_blocks(q, k, topk=TOP_K - 1)
+    batch = torch.arange(b)[:, None, None, None]
+    head = torch.arange(hkv)[None, :, None, None]
+    position = torch.arange(n)
+    chosen = torch.zeros(b, hkv, n, n // BLOCK, dtype=torch.bool)
+    chosen[batch, head, position[None, None, :, None], indices] = True
+    chosen[:, :, position, position // BLOCK] = True
+    tokens = (position + offset).clamp(max=n - 1) // BLOCK
+    visible = chosen[..., tokens] & sees(position[:, None], position)
+    logits = (q.unflatten(1, (hkv, GROUP)) @ k.unsqueeze(2).transpose(-1, -2)) * SCALE
+    logits[~visible[:, :, None].expand_as(logits)] = float("-inf")
+    return (logits.softmax(-1) @ values(v).unsqueeze(2)).reshape(b, hkv * GROUP, n, d)
+
+
+def equality_any(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    per_block: int = BLOCK,
+    picks: int = TOP_K,
+    axis: int = -1,
+    values: Change = keep,
+) -> Tensor:
+    """`(idx[..., None] == block_of_key).any(-2)`: no scatter at all."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, force_own=True)[..., :picks]
+    block_of_key = torch.arange(n) // per_block
+    listed = (indices[..., None] == block_of_key).any(-2)
+    visible = listed & torch.tril(torch.ones(n, n, dtype=torch.bool))
+    visible = visible.repeat_interleave(GROUP, 1)
+    logits = q @ k.repeat_interleave(GROUP, 1).transpose(-1, -2) * SCALE
+    weights = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(axis)
+    return weights @ values(v).repeat_interleave(GROUP, 1)
+
+
+def per_query_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    topk: int = TOP_K - 1,
+    sees: Comparison = operator.ge,
+    order: Change = keep,
+) -> Tensor:
+    """Each query head selects for itself, after the keys were repeated; the own block joins by `|`."""
+    b, h, n, d = q.shape
+    k, v = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
+    indices = choose_blocks(q, k, topk=topk)
+    blocks = torch.arange(n // BLOCK)
+    position = torch.arange(n)
+    chosen = torch.zeros(b, h, n, n // BLOCK, dtype=torch.bool).scatter(-1, indices, True)
+    chosen = order(chosen | (blocks == (position // BLOCK)[:, None]))
+    visible = chosen.repeat_interleave(BLOCK, dim=-1) & sees(position[:, None], position)
+    weights = (q @ k.mT * d**-0.5).masked_fill(~visible, float("-inf")).softmax(-1)
+    return weights @ v
+
+
+def blocked_logits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    token_axis: int = -1,
+    scale: float = SCALE,
+    values: Change = keep,
+) -> Tensor:
+    """The logits are viewed as (..., blocks, B) and masked by block, then by position."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, force_own=True)
+    chosen = torch.zeros(*indices.shape[:3], n // BLOCK).scatter_(-1, indices, 1.0).bool().repeat_interleave(GROUP, 1)
+    logits = q @ interleave(k, GROUP).transpose(2, 3) * scale
+    sizes = (n // BLOCK, BLOCK) if token_axis == -1 else (BLOCK, n // BLOCK)
+    logits = logits.unflatten(-1, sizes).masked_fill(~chosen.unsqueeze(token_axis), float("-inf")).flatten(-2)
+    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    logits = logits.masked_fill(future, float("-inf"))
+    return logits.softmax(-1) @ interleave(values(v), GROUP)
+
+
+def flat_heads_bmm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+    axis: int = 2,
+    sees: Comparison = operator.ge,
+) -> Tensor:
+    """Batch and heads flattened into one axis, `bmm`, the scale on the query."""
+    b, h, n, d = q.shape
+    indices = choose_blocks(q, k, force_own=True)
+    chosen = torch.zeros(b, KV_HEADS, n, n // BLOCK, dtype=torch.bool).scatter_(-1, indices, True)
+    position = torch.arange(n)
+    visible = chosen.repeat_interleave(BLOCK, -1) & sees(position[:, None], position)
+    visible = interleave(visible, GROUP).reshape(b * h, n, n)
+    query = (q * d**-0.5).reshape(b * h, n, d)
+    keys = heads(k, GROUP).reshape(b * h, n, d)
+    logits = torch.bmm(query, keys.transpose(1, 2)).masked_fill(~visible, float("-inf"))
+    out = torch.bmm(F.softmax(logits, dim=axis), heads(v, GROUP).reshape(b * h, n, d))
+    return out.view(b, h, n, d)
+
+
+def keys_transposed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shift: int = 0,
+    scale: float = SCALE,
+    values: Change = keep,
+) -> Tensor:
+    """Keys are stored (b, hkv, d, n), as a cache may; `shift` moves the causal diagonal."""
+    n = v.shape[2]
+    indices = choose_blocks(q, k.transpose(2, 3), force_own=True)
+    chosen = torch.zeros(q.shape[0], KV_HEADS, n, n // BLOCK, dtype=torch.bool).scatter(-1, indices, True)
+    visible = chosen.repeat_interleave(BLOCK, -1) & torch.ones(n, n, dtype=torch.bool).tril(shift)
+    logits = torch.matmul(q, interleave(k, GROUP)) * scale
+    logits = logits + torch.zeros_like(logits).masked_fill(~interleave(visible, GROUP), float("-inf"))
+    return torch.matmul(logits.softmax(-1), interleave(values(v), GROUP))
+
+
+STRICT = {"sees": operator.gt}
+"""Instead of `i >= j`: the first query sees nothing, which no op answers as the user's softmax does."""
+
+SPELLINGS = (
+    spell(
+        scatter_then_index,
+        Kind.S1,
+        Mutant("strict causality", STRICT, must_refuse=True),
+        Mutant("softmax over queries", {"axis": -2}, must_refuse=True),
+        Mutant("rolled values", {"values": rolled}),
+        Mutant("heads tiled", {"heads": tile}),
+    ),
+    spell(
+        repeat_then_where,
+        Kind.S1,
+        Mutant("blocks of 4", {"block": 4}),
+        Mutant("blocks tiled over tokens", {"widen": widen_by_tile}, must_refuse=True),
+        Mutant("scale dropped", {"scale": 1.0}),
+        Mutant("strict causality", STRICT, must_refuse=True),
+    ),
+    spell(
+        bnhd_expand,
+        Kind.S1,
+        Mutant("fill leaks probability", {"fill": -4.0}, must_refuse=True),
+        Mutant("strict causality", {"sees": operator.lt}, must_refuse=True),
+        Mutant("softmax over heads", {"axis": 1}, must_refuse=True),
+        Mutant("two blocks", {"topk": 2}),
+        Mutant("heads tiled", {"group_axis": 2}),
+        shapes=QKV_BNHD,
+    ),
+    spell(
+        grouped_einsum,
+        Kind.S1,
+        Mutant("queries grouped by tile", {"grouped": group_by_tile}),
+        Mutant("value heads swapped", {"values": swapped}),
+        Mutant("scale doubled", {"scale": 2 * SCALE}),
+        Mutant("softmax over queries", {"axis": -2}, must_refuse=True),
+    ),
+    spell(
+        softmax_by_hand,
+        Kind.S1,
+        Mutant("sums over queries", {"axis": -2}, must_refuse=True),
+        Mutant("flipped values", {"values": flipped}),
+        Mutant("strict causality", STRICT, must_refuse=True),
+    ),
+    spell(
+        one_hot_sum,
+        Kind.S1,
+        Mutant("blocks of 4", {"block": 4}),
+        Mutant("heads tiled", {"heads": tile}),
+        Mutant("own position hidden", {"sees": operator.ge}, must_refuse=True),
+        Mutant("scale doubled", {"scale": 2 * SCALE}),
+    ),
+    spell(
+        index_put,
+        Kind.S1,
+        Mutant("tokens one off", {"offset": 1}),
+        Mutant("anticausal", {"sees": operator.le}, must_refuse=True),
+        Mutant("rolled values", {"values": rolled}),
+    ),
+    spell(
+        equality_any,
+        Kind.S1,
+        Mutant("two of three picks", {"picks": 2}),
+        Mutant("softmax over queries", {"axis": -2}, must_refuse=True),
+        Mutant("value heads swapped", {"values": swapped}),
+        Mutant("tokens in blocks of 4", {"per_block": 4}),
+    ),
+    spell(
+        per_query_head,
+        Kind.S1,
+        Mutant("one block", {"topk": 1}),
+        Mutant("blocks of the next query", {"order": rolled}),
+        Mutant("strict causality", STRICT, must_refuse=True),
+    ),
+    spell(
+        blocked_logits,
+        Kind.S1,
+        Mutant("blocks interleaved", {"token_axis": -2}, must_refuse=True),
+        Mutant("scale dropped", {"scale": 1.0}),
+        Mutant("flipped values", {"values": flipped}),
+    ),
+    spell(
+        flat_heads_bmm,
+        Kind.S1,
+        Mutant("heads tiled", {"heads": tile}),
+        Mutant("softmax over queries", {"axis": 1}, must_refuse=True),
+        Mutant("strict causality", STRICT, must_refuse=True),
+    ),
+    spell(
+        keys_transposed,
+        Kind.S1,
+        Mutant("sees one future position", {"shift": 1}),
+        Mutant("scale doubled", {"scale": 2 * SCALE}),
+        Mutant("rolled values", {"values": rolled}),
+        shapes=(QKV[0], (QKV[1][0], QKV[1][1], QKV[1][3], QKV[1][2]), QKV[2]),
+    ),
+)
