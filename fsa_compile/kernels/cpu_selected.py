@@ -184,7 +184,7 @@ class Tiles:
         """
         buffer = like.new_empty(self.plan.row.numel() + 1, self.problem.group, width, dtype=self.problem.dtype)
         buffer[-1] = unused
-        return buffer, buffer[:-1].view(len(self.kv_block), -1, width)
+        return buffer, buffer[:-1].view(len(self.kv_block), self.rows * self.problem.group, width)
 
     def merge(self, partials: Tensor, weights: Tensor | None = None) -> Tensor:
         """Adds up the partials of each query, multiplied by `weights` (heads * n * group, t): (heads * n * group, width)."""
