@@ -1,0 +1,137 @@
+"""From a site to a proven match: every form the lifting offers, against every pattern, until one is proven."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..registry.pattern import Candidate, Pattern
+from ..report import Proof, ReasonKind
+from . import expr as x
+from .evaluate import DataDependent
+from .form_view import FormView
+from .lift import AttentionForm, lift
+from .prove import Prover
+from .reader import Reader
+from .refusal import Refusal
+from .sites import SiteNodes, dropout_between
+from .visibility import prove_no_empty_row
+
+
+@dataclass(frozen=True)
+class Match:
+    """A proven site.
+
+    Attributes:
+        pattern: The role.
+        candidate: With its parameters.
+        form: What was matched.
+        proofs: The discharged obligations.
+        empty_value: What a row that sees no key gives in the user's code: None if there is no such row, else
+            ``"zero"``, ``"nan"`` or ``"mean"`` (a finite fill gives the mean over all keys).
+    """
+
+    pattern: Pattern
+    candidate: Candidate
+    form: AttentionForm
+    proofs: tuple[Proof, ...]
+    empty_value: str | None
+
+
+def classify(
+    r: Reader, site: SiteNodes, replaceable: frozenset[Node], patterns: Sequence[Pattern], prover: Prover, needs_grad: bool
+) -> Match:
+    """The first pattern that is proven.
+
+    Args:
+        r: Reader of the shadow graph.
+        site: The softmax and its contraction.
+        replaceable: Shadow nodes that stand for a Dynamo node.
+        patterns: In the order to try.
+        prover: Proves, within the graph's budget.
+        needs_grad: Whether gradients flow through the site.
+
+    Raises:
+        Refusal: The most telling reason if none is proven.
+    """
+    p = dropout_between(site.softmax)
+    if p:
+        raise Refusal(ReasonKind.DROPOUT, f"dropout with p = {p:g} on the probabilities")
+    refusals: list[Refusal] = []
+    proposed = False
+    last: FormView | None = None
+    for form in lift(r, site.softmax, site.contraction, replaceable):
+        last = view = FormView(form, r)
+        for pattern in patterns:
+            try:
+                for candidate in pattern.match(view):
+                    proposed = True
+                    try:
+                        proofs = pattern.check(view, candidate, prover)
+                        more, empty = _empty_rows(view, candidate, prover, needs_grad)
+                        return Match(pattern, candidate, form, proofs + more, empty)
+                    except Refusal as refusal:
+                        refusals.append(refusal)
+            except DataDependent as unknown:
+                refusals.append(Refusal(ReasonKind.RUNTIME_MASK, _run_time(r, unknown)))
+        if prover.spent > prover.seconds:
+            break
+    if not proposed and last is not None and last.data_dependent():
+        raise _unrecognised(r, last)
+    if not refusals:
+        raise Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
+    raise max(refusals, key=_telling)
+
+
+_RANK = {
+    ReasonKind.EMPTY_ROWS: 5,
+    ReasonKind.GRADIENT: 5,
+    ReasonKind.DUPLICATES: 4,
+    ReasonKind.OPERANDS: 3,
+    ReasonKind.MASK: 2,
+    ReasonKind.RUNTIME_MASK: 2,
+}
+
+
+def _telling(refusal: Refusal) -> tuple[int, bool]:
+    """How near the attempt came: a failed proof about empty rows means that everything before it held."""
+    return _RANK.get(refusal.reason.kind, 1), refusal.counterexample is not None
+
+
+def _run_time(r: Reader, unknown: DataDependent) -> str:
+    return f"the mask holds run-time values ({_named(unknown.expression)})"
+
+
+def _named(e: x.Expr) -> str:
+    return str(e.args[0]) if e.op in ("apply", "predicate", "load", "softmax") else e.op
+
+
+def _unrecognised(r: Reader, view: FormView) -> Refusal:
+    """Visibility depends on data, and no pattern knows how."""
+    for t in x.walk(view.form.visible):
+        if t.op in ("predicate", "compare"):
+            return Refusal(ReasonKind.RUNTIME_MASK, f"the mask holds run-time values that are no list of blocks ({_named(t)})")
+    return Refusal(ReasonKind.MASK, "the mask depends on data in a way that is no single list of blocks per query")
+
+
+def _empty_rows(
+    view: FormView, candidate: Candidate, prover: Prover, needs_grad: bool
+) -> tuple[tuple[Proof, ...], str | None]:
+    """What rows without a visible key give, and whether the op's log-sum-exp can repair them."""
+    form = view.form
+    if not form.fills:
+        return (), None
+    proof = prove_no_empty_row(view, candidate, prover)
+    if proof is not None:
+        return (proof,), None
+    if form.fills == {float("-inf")}:
+        return (), "zero" if form.zero_rows else "nan"
+    if len(form.fills) > 1:
+        raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and its masked logits get different finite values")
+    if not view.dense or form.keys is not form.width:
+        raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and a finite fill then averages over gathered or padded keys")
+    if form.additive and needs_grad:
+        raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added finite fill then has a gradient that the op would drop")
+    return (), "mean"

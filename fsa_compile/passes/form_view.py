@@ -1,0 +1,75 @@
+"""An attention form as patterns see it: its coordinates, and its visibility at single points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import expr as x
+from .evaluate import DataDependent, at_point
+from .expr import Expr
+from .lift import AttentionForm
+from .reader import Reader
+
+
+@dataclass(frozen=True)
+class FormView:
+    """Wraps a form with what is needed to look at it.
+
+    Attributes:
+        form: The normal form.
+        reader: The reader it came from.
+    """
+
+    form: AttentionForm
+    reader: Reader
+
+    @property
+    def query(self) -> Expr:
+        """The query position i."""
+        return self.form.i
+
+    @property
+    def dense(self) -> bool:
+        """Whether the spelling counts keys by their position (a mask, not a gather)."""
+        return self.form.key is self.form.j
+
+    @property
+    def queries(self) -> int:
+        """n, as it was when the graph was traced."""
+        return self.reader.sizes.hint(self.form.sizes[2])
+
+    @property
+    def keys(self) -> int:
+        """m, as it was when the graph was traced."""
+        return self.reader.sizes.hint(self.form.keys)
+
+    @property
+    def width(self) -> int:
+        """How many key indices the softmax runs over, as it was when the graph was traced."""
+        return self.reader.sizes.hint(self.form.width)
+
+    def causal(self, p: Expr) -> Expr:
+        """The formula "key position p is not after the query"."""
+        return x.at_least(self.form.i, p)
+
+    def data_dependent(self) -> bool:
+        """Whether visibility or key positions depend on run-time values."""
+        opaque = ("apply", "predicate", "compare", "exists")
+        return any(t.op in opaque for e in (self.form.visible, self.form.key) for t in x.walk(e))
+
+    def sees(self, query: int, key_index: int) -> bool:
+        """Whether a query sees a key index, in the first batch row and head.
+
+        Raises:
+            DataDependent: If run-time values decide.
+        """
+        form = self.form
+        values = dict.fromkeys(form.visible.free, 0)
+        for e, v in ((form.i, query), (form.j, key_index)):
+            atom = x.as_var(e)
+            if atom is not None:
+                values[atom] = v
+        return bool(at_point(form.visible, values, self.reader.sizes.hints))
+
+
+__all__ = ["DataDependent", "FormView"]

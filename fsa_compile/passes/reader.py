@@ -1,0 +1,402 @@
+"""Reading a graph at symbolic coordinates: what is the element of this node at these coordinates?
+
+`Reader.read(node, coords)` answers with an expression. One rule per op, in two tables:
+
+* a *move* rule says where the element comes from: a source node, new coordinates, and perhaps a guard with a fill value
+  (padding). Views, permutations, slices, gathers.
+* a *value* rule computes: comparisons, arithmetic, reductions, contractions.
+
+An op without a rule, or a rule that returns None, makes the node a leaf: an opaque datum at the coordinates reached.
+Leaves are sound; they only prove less. To add an op, add a rule to a module of `passes/rules/`.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import expr as x
+from .expr import Expr
+from .sizes import Sizes
+
+Coords = tuple[Expr, ...]
+
+
+class Mode(enum.Enum):
+    """How far reading looks through a real-valued node."""
+
+    FORMULA = "formula"
+    """Logits and masks: arithmetic is opened."""
+    OPERAND = "operand"
+    """Q, K and V: only index ops and constant factors are opened, everything else is the operand."""
+    VALUE = "value"
+    """Inside a comparison, where no gradient flows: as FORMULA, and `detach` is transparent too."""
+
+
+class Move(NamedTuple):
+    """Where an element comes from.
+
+    Attributes:
+        source: The node that holds it.
+        coords: Where it stands there.
+        guard: When it comes from there at all.
+        fill: The constant that it is otherwise.
+    """
+
+    source: Node
+    coords: Coords
+    guard: Expr = x.TRUE
+    fill: float = 0.0
+
+
+MoveRule = Callable[["Reader", Node, Coords], "Move | None"]
+ValueRule = Callable[["Reader", Node, Coords, Mode], "Expr | None"]
+CASTS = ("_to_copy", "to", "type_as")
+"""Ops that may change the dtype: a move for an operand (the rewrite repeats the cast), a value rule otherwise."""
+MOVES: dict[str, MoveRule] = {}
+VALUES: dict[str, ValueRule] = {}
+
+
+def moves(*names: str) -> Callable[[MoveRule], MoveRule]:
+    """Registers a move rule for the aten ops `names`."""
+
+    def register(rule: MoveRule) -> MoveRule:
+        MOVES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def values(*names: str) -> Callable[[ValueRule], ValueRule]:
+    """Registers a value rule for the aten ops `names`."""
+
+    def register(rule: ValueRule) -> ValueRule:
+        VALUES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+# ------------------------------------------------------------------------------------------- node access
+
+
+def op_name(n: Node) -> str:
+    """``"view"`` for ``aten.view.default``; ``"getitem"`` for an element of a tuple; "" for no call."""
+    if n.op != "call_function":
+        return ""
+    if n.target is operator.getitem:
+        return "getitem"
+    schema = getattr(n.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else getattr(n.target, "__name__", str(n.target))
+
+
+def argument(n: Node, position: int, name: str, default: Any = None) -> Any:
+    """The argument of a call, positional or by keyword."""
+    return n.args[position] if len(n.args) > position else n.kwargs.get(name, default)
+
+
+def dtype(n: Node) -> torch.dtype:
+    return n.meta["val"].dtype
+
+
+def is_tensor(n: Any) -> bool:
+    return isinstance(n, Node) and isinstance(n.meta.get("val"), torch.Tensor)
+
+
+def is_real(n: Node) -> bool:
+    return dtype(n).is_floating_point
+
+
+def is_int(n: Node) -> bool:
+    return not is_real(n) and dtype(n) != torch.bool and not dtype(n).is_complex
+
+
+def rank(n: Node) -> int:
+    return n.meta["val"].dim()
+
+
+def axis(d: int, r: int) -> int:
+    """A possibly negative dimension as an index."""
+    return d + r if d < 0 else d
+
+
+def literal(v: Any, dt: torch.dtype) -> Expr:
+    """A Python number as an element of a tensor of that dtype."""
+    if dt == torch.bool:
+        return x.boolean(bool(v))
+    return x.real(float(v)) if dt.is_floating_point else x.integer(int(v))
+
+
+def exact(e: Expr, dt: torch.dtype) -> bool:
+    """Whether integers that `e` stands for are held exactly by the dtype: bfloat16 cannot count beyond 256."""
+    if dt.is_floating_point:
+        limit = 2 / torch.finfo(dt).eps
+        return all(-limit <= t.args[0].lo and t.args[0].hi <= limit for _, t in x.cases(e) if t.op == "float")
+    if e.sort == x.INT and dt in (torch.int8, torch.uint8, torch.int16):
+        info = torch.iinfo(dt)
+        return info.min <= e.lo and e.hi <= info.max
+    return True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One depth of an operand: the same element, seen at an earlier node.
+
+    Attributes:
+        node: The node.
+        coords: Where the element stands in it.
+        guard: When the element comes from here (padding otherwise).
+        factor: The constant that multiplies it on the way up.
+    """
+
+    node: Node
+    coords: Coords
+    guard: Expr
+    factor: float
+
+
+class Reader:
+    """Reads one shadow graph; answers are memoised."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.sizes = Sizes()
+        self.nodes = {n.name: n for n in graph_module.graph.nodes}
+        self.operands: dict[Expr, tuple[tuple[Node | None, Coords], ...]] = {}
+        """For each contraction: its factors as (node, coordinates)."""
+        self.tops: dict[str, tuple[Node, int]] = {}
+        """For each top-k or sort whose indices were read: its node and axis, by name."""
+        self.unread: dict[str, int] = {}
+        """How often an op had no rule that applied."""
+        self._memo: dict[tuple, Expr] = {}
+        self._shapes: dict[Node, tuple[Expr, ...]] = {}
+        self._handmade: dict[Node, tuple[Node, int] | None] = {}
+
+    # -- sizes
+    def shape(self, n: Node) -> tuple[Expr, ...]:
+        s = self._shapes.get(n)
+        if s is None:
+            s = self._shapes[n] = self.sizes.shape(n.meta["val"])
+        return s
+
+    def scalar(self, v: Any) -> Expr | None:
+        """An integer argument of a call (a number, or the node of a symbolic one) as an expression."""
+        if isinstance(v, bool):
+            return None
+        if isinstance(v, (int, torch.SymInt)):
+            return self.sizes.of(v)
+        if isinstance(v, Node) and isinstance(v.meta.get("val"), (int, torch.SymInt)):
+            return self.sizes.of(v.meta["val"])
+        return None
+
+    def align(self, source: Node, coords: Sequence[Expr]) -> Coords:
+        """Coordinates of a broadcast result as coordinates of one of its operands."""
+        s = self.shape(source)
+        c = tuple(coords)[len(coords) - len(s) :]
+        return tuple(x.ZERO if k is x.ONE else q for k, q in zip(s, c))
+
+    # -- reading
+    def read(self, n: Node, coords: Sequence[Expr], mode: Mode = Mode.FORMULA) -> Expr:
+        """The element of `n` at `coords`.
+
+        Args:
+            n: A tensor-valued node of the graph.
+            coords: One integer expression per dimension.
+            mode: How far to look through real-valued nodes.
+        """
+        coords = tuple(coords)
+        if len(coords) != rank(n):
+            raise ValueError(f"read: {n.name} has {rank(n)} dimensions, got {len(coords)} coordinates")
+        if not is_real(n):
+            mode = Mode.VALUE
+        key = (n, coords, mode)
+        r = self._memo.get(key)
+        if r is None:
+            r = self._memo[key] = self._read(n, coords, mode)
+        return r
+
+    def _read(self, n: Node, coords: Coords, mode: Mode) -> Expr:
+        name = op_name(n)
+        step = self.move(n, coords, mode)
+        if step is not None:
+            if step.guard is x.FALSE:
+                return literal(step.fill, dtype(n))
+            inner = self.read(step.source, step.coords, mode)
+            return inner if step.guard is x.TRUE else x.select(step.guard, inner, literal(step.fill, dtype(n)))
+        if name in VALUES and (mode is not Mode.OPERAND or self.transparent_operand(n)):
+            r = VALUES[name](self, n, coords, mode)
+            if r is not None and exact(r, dtype(n)):
+                return r
+        if name:
+            self.unread[name] = self.unread.get(name, 0) + 1
+        if n.op == "get_attr":
+            constant = _small_constant(self.graph_module, n)
+            if constant is not None:
+                return literal(constant, dtype(n))
+        return self.leaf(n, coords)
+
+    def move(self, n: Node, coords: Coords, mode: Mode) -> Move | None:
+        """The applicable move at `n`, if its op is one and keeps the kind of its elements."""
+        name = op_name(n)
+        rule = MOVES.get(name)
+        if rule is None or name == "detach" and is_real(n) and mode is not Mode.VALUE:
+            return None
+        if name in CASTS and mode is not Mode.OPERAND and dtype(n) != dtype(n.args[0]):
+            return None
+        step = rule(self, n, coords)
+        if step is None:
+            return None
+        a, b = dtype(n), dtype(step.source)
+        same_kind = a == b or (a.is_floating_point and b.is_floating_point)
+        return step if same_kind else None
+
+    def leaf(self, n: Node, coords: Coords) -> Expr:
+        if dtype(n) == torch.bool:
+            return x.predicate(n.name, coords)
+        if is_real(n):
+            return x.load(n.name, coords)
+        info = torch.iinfo(dtype(n))
+        return x.apply(n.name, coords, 0 if info.min == 0 else -x.INF)
+
+    def operand(self, n: Node, v: Any, coords: Coords, mode: Mode) -> Expr:
+        """An argument of the pointwise op `n`: a broadcast tensor or a number."""
+        if is_tensor(v):
+            return self.read(v, self.align(v, coords), mode)
+        size = self.scalar(v)
+        if size is not None:
+            return size
+        if isinstance(v, bool):
+            return x.boolean(v)
+        if isinstance(v, float):
+            return x.real(v)
+        raise TypeError(f"{n.name}: cannot read argument {v!r}")
+
+    def coerce(self, n: Node, e: Expr) -> Expr:
+        """`e` as an element of the dtype of `n`."""
+        if dtype(n) == torch.bool:
+            return x.truth(e)
+        if is_real(n):
+            if e.sort == x.BOOL:
+                return x.select(e, x.real(1), x.real(0))
+            return x.from_int(e) if e.sort == x.INT else e
+        if e.sort == x.BOOL:
+            return x.select(e, x.ONE, x.ZERO)
+        if e.sort == x.INT:
+            return e
+        raise TypeError(f"{n.name}: a real does not become an integer by coercion")
+
+    # -- operands
+    def transparent_operand(self, n: Node) -> bool:
+        """Whether an operand is read through `n`: contractions, probabilities, and products with a constant."""
+        name = op_name(n)
+        if name in ("mul", "div"):
+            return self.handmade_softmax(n) is not None or _constant_factor(n) is not None
+        return name in ("softmax", "_softmax", "_safe_softmax", "nan_to_num", "getitem")
+
+    def chain(self, n: Node, coords: Coords) -> list[Step]:
+        """The same element at every depth: along single-source moves and constant factors, shallowest first."""
+        guard, factor = x.TRUE, 1.0
+        out = [Step(n, coords, guard, factor)]
+        while True:
+            k = _constant_factor(n) if is_real(n) and op_name(n) in ("mul", "div") else None
+            if k is not None:
+                source, by = k
+                factor *= by
+                n, coords = source, self.align(source, coords)
+            else:
+                step = self.move(n, coords, Mode.OPERAND)
+                if step is None:
+                    return out
+                n, coords, guard = step.source, step.coords, x.conj(guard, step.guard)
+            out.append(Step(n, coords, guard, factor))
+
+    # -- softmax
+    def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
+        """``e / e.sum(d, keepdim=True)`` with ``e = exp(y)``: (y, d), or None."""
+        if n not in self._handmade:
+            self._handmade[n] = _match_handmade(n)
+        return self._handmade[n]
+
+    def softmax_axis(self, n: Node) -> tuple[Node, int]:
+        """What a softmax node normalises: (logits, axis). For SDPA the node itself and its key axis."""
+        name = op_name(n)
+        if name == "div":
+            found = self.handmade_softmax(n)
+            assert found is not None
+            return found
+        if name == "scaled_dot_product_attention":
+            return n, rank(n) - 1
+        return n.args[0], axis(n.args[1], rank(n))
+
+    def logit(self, n: Node, coords: Coords) -> Expr:
+        """The logit behind element `coords` of the probabilities of node `n`."""
+        if op_name(n) == "scaled_dot_product_attention":
+            from .rules.contraction import sdpa_logit
+
+            return sdpa_logit(self, n, coords)
+        return self.read(self.softmax_axis(n)[0], coords, Mode.FORMULA)
+
+    def contraction(self, variables: Sequence[Expr], factors: Sequence[tuple[Node | None, Coords, Expr]]) -> Expr:
+        """``sum over variables of the product of the factors``, remembered with its operands."""
+        bound = tuple(v for v in (x.as_var(v) for v in variables) if v is not None)
+        e = x.dot(bound, [f for _, _, f in factors])
+        self.operands[e] = tuple((n, c) for n, c, _ in factors)
+        return e
+
+
+def _constant_factor(n: Node) -> tuple[Node, float] | None:
+    """``source * c`` or ``source / c`` with a Python number: (source, factor)."""
+    a, b = n.args[:2]
+    if isinstance(a, Node) and isinstance(b, (int, float)) and not isinstance(b, bool):
+        if op_name(n) == "mul":
+            return a, float(b)
+        return (a, 1.0 / b) if b and n.kwargs.get("rounding_mode") is None else None
+    if isinstance(b, Node) and isinstance(a, (int, float)) and op_name(n) == "mul":
+        return b, float(a)
+    return None
+
+
+def _match_handmade(n: Node) -> tuple[Node, int] | None:
+    if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
+        return None
+    e, total = n.args[:2]
+    restored = None  # the dimension that an unsqueeze puts back
+    while op_name(total) in ("expand", "unsqueeze"):
+        if op_name(total) == "unsqueeze":
+            if restored is not None:
+                return None
+            restored = axis(total.args[1], rank(total))
+        total = total.args[0]
+    if op_name(total) != "sum" or total.args[0] is not e or op_name(e) != "exp":
+        return None
+    dims = argument(total, 1, "dim")
+    if isinstance(dims, int):
+        dims = [dims]
+    if not dims or len(dims) != 1:
+        return None
+    d = axis(dims[0], rank(e))
+    keepdim = bool(argument(total, 2, "keepdim", False))
+    return (e.args[0], d) if (keepdim and restored is None) or (not keepdim and restored == d) else None
+
+
+def _small_constant(gm: GraphModule, n: Node) -> Any:
+    """The value of a one-element tensor constant that tracing baked in."""
+    if n.meta["val"].numel() != 1:
+        return None
+    t = getattr(gm, str(n.target), None)
+    t = getattr(t, "constant", t) if type(t).__name__ == "FakeTensor" else t
+    return t.item() if type(t) is torch.Tensor and t.device.type != "meta" else None
+
+
+def load_rules() -> None:
+    """Fills the tables; rule modules register themselves on import."""
+    from .rules import contraction, index, membership, pointwise, reduction  # noqa: F401
+
+
+load_rules()

@@ -1,0 +1,127 @@
+"""Values: contractions and softmaxes."""
+
+from __future__ import annotations
+
+import math
+import string
+
+from torch.fx import Node
+
+from .. import expr as x
+from ..expr import Expr
+from ..reader import Coords, Mode, Reader, argument, is_tensor, op_name, rank, values
+
+
+def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:
+    return n, c, r.read(n, c, Mode.OPERAND)
+
+
+@values("matmul", "bmm", "mm", "baddbmm")
+def _matmul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    factor = 1.0
+    if op_name(n) == "baddbmm":
+        if n.kwargs.get("beta", 1) != 0:
+            return None
+        factor = n.kwargs.get("alpha", 1)
+        a, b = n.args[1:3]
+    else:
+        a, b = n.args[:2]
+    if rank(a) < 2 or rank(b) < 2:
+        return None
+    k = x.var(f"{n.name}.k", r.shape(a)[-1])
+    left, right = r.align(a, (*c[:-1], k)), r.align(b, (*c[:-2], k, c[-1]))
+    return x.scaled(r.contraction([k], [operand(r, a, left), operand(r, b, right)]), factor)
+
+
+@values("einsum")
+def _einsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    tensors = n.args[1]
+    letters = einsum_letters(n.args[0], [rank(t) for t in tensors])
+    if letters is None:
+        return None
+    inputs, output = letters
+    env = dict(zip(output, c))
+    bound: list[Expr] = []
+    for subscripts, t in zip(inputs, tensors):
+        for ch, size in zip(subscripts, r.shape(t)):
+            if ch not in env:
+                env[ch] = x.var(f"{n.name}.{ch}", size)
+                bound.append(env[ch])
+    factors = []
+    for subscripts, t in zip(inputs, tensors):
+        coords = tuple(x.ZERO if s is x.ONE else env[ch] for ch, s in zip(subscripts, r.shape(t)))
+        factors.append(operand(r, t, coords))
+    return r.contraction(bound, factors)
+
+
+def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
+    """Subscripts per operand and of the output, with ``...`` spelled out and an implicit output made explicit."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    inputs = left.split(",")
+    spare = [ch for ch in string.ascii_letters if ch not in equation]
+    dots = max((rk - len(s.replace("...", "")) for s, rk in zip(inputs, ranks) if "..." in s), default=0)
+    batch = "".join(spare[:dots])
+    out = []
+    for s, rk in zip(inputs, ranks):
+        width = rk - len(s.replace("...", ""))
+        out.append(s.replace("...", batch[dots - width :] if width else ""))
+        if len(out[-1]) != rk:
+            return None
+    if not arrow:
+        joined = "".join(out)
+        named = sorted(ch for ch in set(joined) if joined.count(ch) == 1 and ch not in batch)
+        return out, batch + "".join(named)
+    return out, right.replace("...", batch)
+
+
+@values("softmax", "_softmax", "_safe_softmax")
+def _softmax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.softmax(n.name, c)
+
+
+@values("scaled_dot_product_attention")
+def _sdpa(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if argument(n, 4, "dropout_p", 0.0):
+        return None
+    k, v = n.args[1:3]
+    j = x.var(f"{n.name}.j", r.shape(k)[-2])
+    coords = r.align(v, (*_kv_lead(r, n, c), j, c[-1]))
+    return r.contraction([j], [(None, (), x.softmax(n.name, (*c[:-1], j))), operand(r, v, coords)])
+
+
+def _kv_lead(r: Reader, n: Node, c: Coords) -> Coords:
+    """Batch and head coordinates of the keys for those of the queries."""
+    q, k = n.args[:2]
+    if not n.kwargs.get("enable_gqa", False):
+        return c[:-2]
+    hq, hkv = x.constant(r.shape(q)[-3]), x.constant(r.shape(k)[-3])
+    assert hq is not None and hkv is not None
+    return (*c[:-3], x.floordiv(c[-3], hq // hkv))
+
+
+def sdpa_logit(r: Reader, n: Node, c: Coords) -> Expr:
+    """The logit of SDPA at (..., query, key): scaled, causal from the top left, masked or biased."""
+    q, k = n.args[:2]
+    mask = argument(n, 3, "attn_mask")
+    scale = n.kwargs.get("scale")
+    d = x.var(f"{n.name}.d", r.shape(q)[-1])
+    *lead, i, j = c
+    e = r.contraction(
+        [d],
+        [
+            operand(r, q, r.align(q, (*lead, i, d))),
+            operand(r, k, r.align(k, (*_kv_lead(r, n, (*lead, i, x.ZERO)), j, d))),
+        ],
+    )
+    if scale is None:
+        width = x.constant(r.shape(q)[-1])
+        assert width is not None
+        scale = width**-0.5
+    e = x.scaled(e, float(scale))
+    if argument(n, 5, "is_causal", False):
+        e = x.select(x.at_least(i, j), e, x.real(-math.inf))
+    if is_tensor(mask):
+        b = r.read(mask, r.align(mask, tuple(c)))
+        e = x.select(b, e, x.real(-math.inf)) if b.sort == x.BOOL else x.add_reals(b, e)
+    return e

@@ -1,0 +1,114 @@
+"""Values: sets of blocks. Scatter, index_put, one-hot and comparison with a list all say ``exists s: list[s] == e``."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .. import expr as x
+from ..expr import Expr
+from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_tensor, literal, op_name, rank, values
+from .index import at, nonempty, r_axis, wrap
+
+
+def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
+    """Element `c` of the indices of a top-k or a sort; the node is remembered, `facts.py` knows what holds of it."""
+    d = r_axis(producer)
+    r.tops[producer.name] = (producer, d)
+    return x.apply(producer.name, c, 0, r.shape(producer.args[0])[d].hi - 1)
+
+
+@values("getitem")
+def _indices(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    producer, k = n.args
+    return top_index(r, producer, c) if op_name(producer) in ("topk", "sort") and k == 1 else None
+
+
+@values("scatter")
+def _scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if len(n.args) != 4 or n.kwargs.get("reduce") is not None:
+        return None
+    source, d, index, value = n.args
+    d = axis(d, rank(source))
+    v = x.var(f"{n.name}.slot", r.shape(index)[d])
+    q = at(c, d, v)
+    covered = [
+        x.less(q[k], s) for k, (s, full) in enumerate(zip(r.shape(index), r.shape(source))) if k != d and s is not full
+    ]
+    if is_tensor(value):
+        new = r.read(value, q, m)
+        if x.as_var(v) in new.free:
+            return None  # which of several writers wins is not defined
+    else:
+        new = literal(value, dtype(n))
+    hit = x.exists(v, x.conj(*covered, x.equal(r.read(index, q), c[d])))
+    return x.select(hit, new, r.read(source, c, m))
+
+
+@values("one_hot")
+def _one_hot(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.select(x.equal(r.read(n.args[0], c[:-1]), c[-1]), x.ONE, x.ZERO)
+
+
+@values("index_put")
+def _index_put(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """``t[i0, i1, ...] = constant``: hit iff some position of the broadcast index has every component equal."""
+    source, indices, value = n.args[:3]
+    if argument(n, 3, "accumulate", False):
+        return None
+    given = [(k, i) for k, i in enumerate(indices) if i is not None]
+    if any(i.meta["val"].dtype == torch.bool for _, i in given):
+        return None
+    shape = torch.broadcast_shapes(*(i.meta["val"].shape for _, i in given))
+    slots = tuple(x.var(f"{n.name}.slot{k}", r.sizes.of(s)) if s != 1 else x.ZERO for k, s in enumerate(shape))
+    if rank(value) > 0 and any(s is not x.ONE for s in r.shape(value)):
+        return None
+    new = r.read(value, (x.ZERO,) * rank(value), m)
+    entries = [(k, wrap(r.read(i, r.align(i, slots)), r.shape(source)[k])) for k, i in given]
+    pinned: dict[Expr, Expr] = {}  # an arange as an index pins its bound variable
+    for k, e in entries:
+        v = x.as_var(e)
+        if v is not None and any(v is x.as_var(s) for s in slots) and v not in pinned:
+            pinned[v] = c[k]
+    body = x.conj(*(x.in_range(q, v.args[1]) for v, q in pinned.items()))
+    body = x.conj(body, *(x.substitute(x.equal(e, c[k]), pinned) for k, e in entries))
+    for s in slots:
+        v = x.as_var(s)
+        if v is not None and v not in pinned:
+            body = x.exists(s, body)
+    return x.select(body, new, r.read(source, c, m))
+
+
+@values("isin")
+def _isin(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    elements, pool = n.args[:2]
+    if n.kwargs.get("invert", False) or not is_tensor(pool) or not is_tensor(elements) or rank(pool) != 1:
+        return None
+    v = x.var(f"{n.name}.slot", r.shape(pool)[0])
+    a, b = r.read(pool, (v,)), r.read(elements, c)
+    return x.exists(v, x.equal(a, b)) if a.sort == b.sort == x.INT else None
+
+
+@values("cat", "concat")
+def _cat(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    d = axis(argument(n, 1, "dim", 0), rank(n))
+    parts = nonempty(r, n.args[0])
+    ends = [x.ZERO]
+    for t in parts:
+        ends.append(x.plus(ends[-1], r.shape(t)[d]))
+    out: Expr | None = None
+    for t, start, end in reversed(list(zip(parts, ends, ends[1:]))):
+        e = r.coerce(n, r.read(t, at(c, d, x.minus(c[d], start)), m))
+        out = e if out is None else x.select(x.less(c[d], end), e, out)
+    return out
+
+
+@values("stack")
+def _stack(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    d = axis(argument(n, 1, "dim", 0), rank(n))
+    q = c[:d] + c[d + 1 :]
+    out: Expr | None = None
+    for k, t in reversed(list(enumerate(n.args[0]))):
+        e = r.coerce(n, r.read(t, q, m))
+        out = e if out is None else x.select(x.equal(c[d], x.integer(k)), e, out)
+    return out

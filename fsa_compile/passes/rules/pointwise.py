@@ -1,0 +1,287 @@
+"""Values: creation, arithmetic, comparisons, logic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Node
+
+from .. import expr as x
+from ..expr import Expr
+from ..reader import Coords, Mode, Reader, argument, dtype, is_int, is_real, is_tensor, literal, op_name, values
+
+
+@values("arange")
+def _arange(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    given = [r.scalar(a) for a in n.args if not isinstance(a, torch.dtype)]
+    if any(a is None for a in given):
+        return None
+    start = x.ZERO if len(given) == 1 else given[0]
+    step = given[2] if len(given) > 2 else r.scalar(n.kwargs.get("step", 1))
+    return r.coerce(n, x.plus(x.times(c[0], step), start))
+
+
+@values("zeros", "zeros_like", "new_zeros")
+def _zeros(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return literal(0, dtype(n))
+
+
+@values("ones", "ones_like", "new_ones")
+def _ones(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return literal(1, dtype(n))
+
+
+@values("full", "full_like", "new_full", "scalar_tensor", "fill")
+def _full(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    name = op_name(n)
+    if name == "new_full":
+        v = argument(n, 2, "fill_value")
+    elif name == "scalar_tensor":
+        v = n.args[0]
+    else:
+        v = argument(n, 1, "fill_value")
+    if isinstance(v, (bool, int, float)):
+        return literal(v, dtype(n))
+    size = r.scalar(v)
+    if size is not None:
+        return r.coerce(n, size)
+    return r.coerce(n, r.read(v, ())) if is_tensor(v) and not r.shape(v) else None
+
+
+@values("where")
+def _where(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if len(n.args) != 3:
+        return None
+    cond, a, b = (r.operand(n, v, c, m) for v in n.args)
+    return x.select(x.truth(cond), r.coerce(n, a), r.coerce(n, b))
+
+
+@values("masked_fill")
+def _masked_fill(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    source, mask, value = n.args[:3]
+    fill = r.coerce(n, r.operand(n, value, c, m))
+    if fill.op == "const":
+        fill = x.real(rounded(fill.args[0], dtype(n)))
+    return x.select(x.truth(r.operand(n, mask, c, m)), fill, r.operand(n, source, c, m))
+
+
+def rounded(v: float, dt: torch.dtype) -> float:
+    """A constant as a tensor of that dtype holds it."""
+    return torch.tensor(v, dtype=torch.float64).to(dt).to(torch.float64).item()
+
+
+@values("_to_copy", "to", "bool", "float", "type_as")
+def _cast(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    source = n.args[0]
+    e = r.read(source, c, m)
+    if not is_real(n):
+        return r.coerce(n, e) if not is_real(source) or dtype(n) == torch.bool else None
+    if not is_real(source):
+        return r.coerce(n, e)
+    narrower = torch.finfo(dtype(n)).eps > torch.finfo(dtype(source)).eps
+
+    def leaf(t: Expr) -> Expr:
+        if t.op == "const":
+            return x.real(rounded(t.args[0], dtype(n)))
+        # In a comparison a rounded datum is another datum; on the way to the output, less rounding is allowed.
+        return r.leaf(n, c) if narrower and m is Mode.VALUE and t.op != "float" else t
+
+    return x.map_cases(e, leaf)
+
+
+def comparison(op: str, swap: bool, negated: bool):
+    def rule(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+        a, b = (r.operand(n, v, c, Mode.VALUE) for v in n.args[:2])
+        if swap:
+            a, b = b, a
+        e = compare(r, op, a, b)
+        return x.negate(e) if negated and e is not None else e
+
+    return rule
+
+
+for _names, _op, _swap, _negated in (
+    (("eq", "equal"), "eq", False, False),
+    (("ne", "not_equal"), "eq", False, True),
+    (("ge", "greater_equal"), "ge", False, False),
+    (("gt", "greater"), "gt", False, False),
+    (("le", "less_equal"), "ge", True, False),
+    (("lt", "less"), "gt", True, False),
+):
+    values(*_names)(comparison(_op, _swap, _negated))
+
+
+def compare(r: Reader, op: str, a: Expr, b: Expr) -> Expr | None:
+    """``a op b`` of elements of any sorts."""
+    if a.sort == b.sort == x.BOOL or op == "eq" and x.BOOL in (a.sort, b.sort) and x.REAL not in (a.sort, b.sort):
+        a, b = (x.truth(e) if e.sort == x.BOOL or x.constant(e) in (0, 1) else None for e in (a, b))
+        if a is None or b is None:
+            return None
+        return {"eq": x.iff(a, b), "ge": x.implies(b, a), "gt": x.conj(a, x.negate(b))}[op]
+    if x.REAL in (a.sort, b.sort):
+        return compare_reals(r, op, *(_as_real(e) for e in (a, b)))
+    return x.compare_ints(op, *(x.select(e, x.ONE, x.ZERO) if e.sort == x.BOOL else e for e in (a, b)))
+
+
+def _as_real(e: Expr) -> Expr:
+    return e if e.sort == x.REAL else x.from_int(e) if e.sort == x.INT else x.select(e, x.real(1), x.real(0))
+
+
+def compare_reals(r: Reader, op: str, a: Expr, b: Expr) -> Expr:
+    """Comparison of reals, with the bound of a probability: see `underflows`."""
+
+    def leaf(p: Expr, q: Expr) -> Expr:
+        if op in ("gt", "ge") and p.op == "softmax" and q.op == "const" and q.args[0] > 0:
+            gone = underflows(r, p, q.args[0])
+            return x.conj(x.negate(gone), x.compare_reals(op, p, q))
+        return x.compare_reals(op, p, q)
+
+    return x.map_truth(a, lambda p: x.map_truth(b, lambda q: leaf(p, q)))
+
+
+def underflows(r: Reader, p: Expr, threshold: float) -> Expr:
+    """When a probability is certainly below `threshold`.
+
+    softmax(l)_c <= exp(l_c - l_k) for every k; so a logit that is a constant far below another constant of its row has
+    a probability below any threshold of ours. With finite fills this is how "masked" is told from "small".
+    """
+    name, coords = p.args
+    node = r.nodes[name]
+    source, d = r.softmax_axis(node)
+    if source is node:
+        return x.FALSE
+    here = r.read(source, coords, Mode.VALUE)
+    size = r.shape(source)[d]
+    highest = -math.inf
+    for k in (x.ZERO, x.minus(size, 1)):
+        v = r.read(source, coords[:d] + (k,) + coords[d + 1 :], Mode.VALUE)
+        if v.op == "const":
+            highest = max(highest, v.args[0])
+    margin = math.log(threshold) - 50
+    return x.map_truth(here, lambda v: x.boolean(v.op == "const" and v.args[0] - highest < margin))
+
+
+@values("bitwise_and", "logical_and", "__and__")
+def _and(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.conj(*(x.truth(r.operand(n, v, c, m)) for v in n.args[:2])) if dtype(n) == torch.bool else None
+
+
+@values("bitwise_or", "logical_or", "__or__")
+def _or(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.disj(*(x.truth(r.operand(n, v, c, m)) for v in n.args[:2])) if dtype(n) == torch.bool else None
+
+
+@values("bitwise_xor", "logical_xor", "__xor__")
+def _xor(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if dtype(n) != torch.bool:
+        return None
+    a, b = (x.truth(r.operand(n, v, c, m)) for v in n.args[:2])
+    return x.negate(x.iff(a, b))
+
+
+@values("bitwise_not", "logical_not", "__invert__")
+def _not(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.negate(x.truth(r.read(n.args[0], c, m))) if dtype(n) == torch.bool else None
+
+
+@values("add", "sub", "rsub", "subtract")
+def _add(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    k = n.kwargs.get("alpha", 1)
+    if not isinstance(k, (int, float)):
+        return None
+    if op_name(n) == "rsub":
+        a, b = b, a
+    if op_name(n) != "add":
+        k = -k
+    if is_int(n):
+        return x.plus(r.coerce(n, a), x.times(r.coerce(n, b), k)) if isinstance(k, int) else None
+    if dtype(n) == torch.bool:
+        return x.disj(x.truth(a), x.truth(b)) if k == 1 else None
+    return x.add_reals(r.coerce(n, a), x.scaled(r.coerce(n, b), k))
+
+
+@values("mul", "multiply")
+def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    if is_int(n):
+        return x.times(r.coerce(n, a), r.coerce(n, b))
+    if dtype(n) == torch.bool:
+        return x.conj(x.truth(a), x.truth(b))
+
+    def leaf(p: Expr, q: Expr) -> Expr:
+        if q.op == "const":
+            p, q = q, p
+        if p.op != "const":
+            return x.opaque("mul", p, q)
+        # 0 * inf is NaN, and 0 * datum is NaN where the datum is not finite: not a mask.
+        if q.op == "const":
+            return x.real(p.args[0] * q.args[0])
+        return x.scaled(q, p.args[0]) if p.args[0] != 0 and math.isfinite(p.args[0]) else x.opaque("mul", p, q)
+
+    return x.map_cases(r.coerce(n, a), lambda p: x.map_cases(r.coerce(n, b), lambda q: leaf(p, q)))
+
+
+@values("div", "true_divide", "divide")
+def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if r.handmade_softmax(n) is not None:
+        return x.softmax(n.name, c)
+    if n.kwargs.get("rounding_mode") == "floor" and is_int(n):
+        return _floor_divide(r, n, c, m)
+    if n.kwargs.get("rounding_mode") is not None or not is_real(n):
+        return None
+    a, b = (r.coerce(n, r.operand(n, v, c, m)) for v in n.args[:2])
+    if b.op == "const" and b.args[0] and math.isfinite(b.args[0]):
+        return x.scaled(a, 1 / b.args[0])
+    return x.opaque("div", a, b)
+
+
+@values("neg", "negative")
+def _neg(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a = r.read(n.args[0], c, m)
+    return x.times(a, -1) if is_int(n) else x.scaled(a, -1)
+
+
+@values("abs", "absolute")
+def _abs(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a = r.read(n.args[0], c, m)
+    return x.select(x.at_least(a, x.ZERO), a, x.times(a, -1)) if is_int(n) else None
+
+
+@values("floor_divide", "__floordiv__")
+def _floor_divide(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    return x.floordiv(r.coerce(n, a), b) if is_int(n) and b.sort == x.INT and b.lo > 0 else None
+
+
+@values("remainder", "fmod", "__mod__")
+def _remainder(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    if not is_int(n) or b.sort != x.INT or b.lo <= 0 or (op_name(n) == "fmod" and a.lo < 0):
+        return None
+    return x.mod(r.coerce(n, a), b)
+
+
+@values("clamp", "clamp_min", "clamp_max", "clip")
+def _clamp(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    name = op_name(n)
+    lo = argument(n, 1, "min") if name != "clamp_max" else None
+    hi = argument(n, 1, "max") if name == "clamp_max" else argument(n, 2, "max") if name != "clamp_min" else None
+    if not is_int(n) or not all(v is None or isinstance(v, int) for v in (lo, hi)):
+        return None
+    return x.clamp(r.read(n.args[0], c, m), lo, hi)
+
+
+@values("minimum", "maximum")
+def _extremum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if not is_int(n):
+        return None
+    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    return x.select(x.at_least(a, b), *((a, b) if op_name(n) == "maximum" else (b, a)))
+
+
+@values("nan_to_num")
+def _nan_to_num(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a = r.read(n.args[0], c, m)
+    return x.opaque("nan_to_0", a) if argument(n, 1, "nan") in (None, 0, 0.0) and a.op == "softmax" else None

@@ -1,0 +1,127 @@
+"""Values: reductions over one axis, as far as masks and scores need them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from .. import expr as x
+from ..expr import Expr
+from ..reader import Coords, Mode, Reader, argument, axis, is_int, is_real, rank, values
+
+
+def reduced_axis(n: Node, position: int = 1) -> int | None:
+    """The only axis that a reduction runs over, or None if there is not exactly one."""
+    dims = argument(n, position, "dim")
+    if isinstance(dims, int):
+        dims = [dims]
+    return axis(dims[0], rank(n.args[0])) if dims and len(dims) == 1 else None
+
+
+def inside(r: Reader, n: Node, c: Coords, d: int, keepdim: bool, tag: str) -> tuple[Expr, Coords]:
+    """A fresh variable over axis `d` of the source, and the coordinates of the source with it."""
+    v = x.var(f"{n.name}.{tag}", r.shape(n.args[0])[d])
+    return v, c[:d] + (v,) + c[d + 1 :] if keepdim else c[:d] + (v,) + c[d:]
+
+
+@values("any")
+def _any(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    d = reduced_axis(n)
+    if d is None:
+        return None
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "any")
+    return x.exists(v, x.truth(r.read(n.args[0], q, Mode.VALUE)))
+
+
+@values("all")
+def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    d = reduced_axis(n)
+    if d is None:
+        return None
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "all")
+    return x.negate(x.exists(v, x.negate(x.truth(r.read(n.args[0], q, Mode.VALUE)))))
+
+
+@values("sum", "count_nonzero")
+def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """A count of truths: zero iff none holds, at least one otherwise. How many is not needed."""
+    d = reduced_axis(n)
+    if d is None or not is_int(n):
+        return None
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "sum")
+    hit = _nonzero(r.read(n.args[0], q, Mode.VALUE))
+    return None if hit is None else x.select(x.exists(v, hit), x.apply(n.name, c, 1), x.ZERO)
+
+
+def _nonzero(e: Expr) -> Expr | None:
+    """When a non-negative summand is positive."""
+    if e.sort == x.BOOL:
+        return e
+    return x.truth(e) if e.sort == x.INT and e.lo >= 0 else None
+
+
+@values("amax")
+def _amax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """The maximum of data where a mask lets any through, -inf where it lets none."""
+    # In the logits a row maximum only shifts the row; its cases matter where scores are compared.
+    d = reduced_axis(n) if m is Mode.VALUE else None
+    if d is None or not is_real(n):
+        return None
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "max")
+    leaves = list(x.cases(r.read(n.args[0], q, m)))
+    constants = {e.args[0] for _, e in leaves if e.op == "const"}
+    if constants != {-math.inf}:
+        return None
+    some = x.exists(v, x.disj(*(g for g, e in leaves if e.op != "const")))
+    return x.select(some, r.leaf(n, c), x.real(-math.inf))
+
+
+@values("mean")
+def _mean(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Conditions that are free of the averaged axis pass through; a constant is its own mean."""
+    d = reduced_axis(n)
+    if d is None:
+        return None
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "mean")
+    return _through(r.read(n.args[0], q, m), x.as_var(v), lambda: r.leaf(n, c))
+
+
+def _through(e: Expr, v: Expr | None, leaf: Callable[[], Expr]) -> Expr:
+    if e.op == "if_real" and v not in e.args[0].free:
+        return x.select(e.args[0], _through(e.args[1], v, leaf), _through(e.args[2], v, leaf))
+    return e if e.op == "const" else leaf()
+
+
+@values("cumsum")
+def _cumsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Of a constant: a ramp."""
+    if not is_int(n):
+        return None
+    d = axis(n.args[1], rank(n))
+    v = x.var(f"{n.name}.cumsum", r.shape(n)[d])
+    e = r.coerce(n, r.read(n.args[0], c[:d] + (v,) + c[d + 1 :], m))
+    k = x.constant(e)
+    return x.times(x.plus(c[d], 1), k) if k is not None else None
+
+
+@values("diff")
+def _diff(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if not is_int(n) or argument(n, 1, "n", 1) != 1 or argument(n, 4, "append") is not None:
+        return None
+    source, d, before = n.args[0], axis(argument(n, 2, "dim", -1), rank(n)), argument(n, 3, "prepend")
+
+    def at(node: Node, e: Expr) -> Expr:
+        return r.read(node, c[:d] + (e,) + c[d + 1 :], m)
+
+    if before is None:
+        return x.minus(at(source, x.plus(c[d], 1)), at(source, c[d]))
+    if r.shape(before)[d] is not x.ONE:
+        return None
+    first = x.equal(c[d], x.ZERO)
+    return x.select(
+        first,
+        x.minus(at(source, x.ZERO), at(before, x.ZERO)),
+        x.minus(at(source, c[d]), at(source, x.minus(c[d], 1))),
+    )

@@ -1,0 +1,69 @@
+"""Attention sites: softmaxes whose probabilities are contracted with something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from .reader import Reader, argument, is_real, is_tensor, op_name
+
+SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
+CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
+_TRANSPARENT = frozenset(
+    "view reshape _unsafe_view permute transpose clone contiguous squeeze unsqueeze alias _to_copy to dropout "
+    "native_dropout nan_to_num masked_fill where mul getitem expand slice flatten unflatten detach type_as".split()
+)
+"""What may stand between probabilities and their contraction; the reader decides whether it is harmless."""
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """The two shadow nodes of a site: they are one for scaled_dot_product_attention."""
+
+    softmax: Node
+    contraction: Node
+
+
+def find_sites(r: Reader) -> Iterator[SiteNodes]:
+    """Every softmax that reaches a contraction, in graph order.
+
+    Args:
+        r: Reader of the shadow graph.
+    """
+    for n in r.graph_module.graph.nodes:
+        name = op_name(n)
+        if not name or not is_tensor(n) or not is_real(n):
+            continue
+        if name == "scaled_dot_product_attention":
+            yield SiteNodes(n, n)
+        elif name in SOFTMAXES or name == "div" and r.handmade_softmax(n) is not None:
+            for c in _contractions(n):
+                yield SiteNodes(n, c)
+
+
+def _contractions(n: Node) -> list[Node]:
+    found: list[Node] = []
+    seen, todo = {n}, [n]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            name = op_name(user)
+            if name in CONTRACTIONS and is_tensor(user) and user.meta["val"].dim() >= 2:
+                found.append(user)
+            elif name in _TRANSPARENT:
+                todo.append(user)
+    return sorted(found, key=list(n.graph.nodes).index)
+
+
+def dropout_between(n: Node) -> float:
+    """The dropout probability on the way from the probabilities to their contraction, 0.0 if none."""
+    if op_name(n) == "scaled_dot_product_attention":
+        return float(argument(n, 4, "dropout_p", 0.0))
+    for user in n.users:
+        if op_name(user) in ("dropout", "native_dropout") and argument(user, 2, "train", False):
+            return float(argument(user, 1, "p", 0.5))
+    return 0.0

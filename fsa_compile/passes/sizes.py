@@ -1,0 +1,84 @@
+"""Tensor sizes as integer expressions: constants stay constants, dynamic sizes become size symbols.
+
+A `SymInt` is read through its symbolic expression, never through ``int()``, which would add a guard and a recompile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+
+from . import expr as x
+from .expr import Expr
+
+
+class Sizes:
+    """Translates the sizes of one graph and remembers a concrete hint for every symbol."""
+
+    def __init__(self) -> None:
+        self.hints: dict[str, int] = {}
+        self.symbols: dict[str, Any] = {}
+        self._memo: dict[Any, Expr] = {}
+
+    def of(self, size: int | torch.SymInt) -> Expr:
+        """`size` as an integer expression."""
+        if isinstance(size, int):
+            return x.integer(size)
+        node = size.node
+        self._env = node.shape_env
+        return self._translate(node.expr)
+
+    def shape(self, t: torch.Tensor) -> tuple[Expr, ...]:
+        """The shape of a (fake) tensor."""
+        return tuple(self.of(s) for s in t.shape)
+
+    def hint(self, e: Expr) -> int:
+        """A concrete value of a size expression: what it was when the graph was traced."""
+        from .evaluate import at_point
+
+        return int(at_point(e, {}, self.hints))
+
+    def _translate(self, s: Any) -> Expr:
+        r = self._memo.get(s)
+        if r is None:
+            r = self._memo[s] = self._translate_new(s)
+        return r
+
+    def _translate_new(self, s: Any) -> Expr:
+        if s.is_Integer:
+            return x.integer(int(s))
+        if isinstance(s, sympy.Add):
+            out = x.ZERO
+            for a in s.args:
+                out = x.plus(out, self._translate(a))
+            return out
+        if isinstance(s, sympy.Mul) and all(not a.is_Rational or a.is_Integer for a in s.args):
+            out = x.ONE
+            for a in s.args:
+                out = x.times(out, self._translate(a))
+            return out
+        name = type(s).__name__
+        if name in ("FloorDiv", "CleanDiv") and self._positive(s.args[1]):
+            return x.floordiv(self._translate(s.args[0]), self._translate(s.args[1]))
+        if name in ("Mod", "PythonMod") and self._positive(s.args[1]):
+            return x.mod(self._translate(s.args[0]), self._translate(s.args[1]))
+        # A plain symbol, or a function of symbols that the language has no word for: an opaque size.
+        bounds = self._env.bound_sympy(s)
+        symbol = str(s)
+        self.symbols[symbol] = s
+        self.hints[symbol] = int(self._env.size_hint(s) if hasattr(self._env, "size_hint") else s.xreplace(self._env.var_to_val))
+        return x.size_symbol(symbol, _bound(bounds.lower), _bound(bounds.upper))
+
+    def _positive(self, s: Any) -> bool:
+        return self._translate(s).lo > 0
+
+
+def _bound(b: Any) -> float:
+    try:
+        v = float(b)
+    except (TypeError, ValueError):  # int_oo and friends
+        return math.inf if str(b).startswith("int_oo") else -math.inf
+    return v if math.isinf(v) or abs(v) > 2**62 else int(v)

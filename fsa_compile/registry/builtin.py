@@ -1,0 +1,262 @@
+"""The built-in roles: causal and full attention (left), sliding window, compressed and selected (rewritten)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..passes import expr as x
+from ..passes.evaluate import DataDependent, at_point
+from ..passes.expr import Expr
+from ..passes.facts import order_facts
+from ..passes.form_view import FormView
+from ..passes.visibility import slot_and_offset
+from ..report import Reason, ReasonKind
+from .pattern import BlockList, Candidate, Pattern, Tensors
+
+
+def first_true(n: int, holds: Any) -> int | None:
+    """The least k in [0, n) with ``holds(k)``, for a property that stays true once it is; None if it never is."""
+    if n == 0 or not holds(n - 1):
+        return None
+    lo, hi = 0, n - 1
+    while lo < hi:
+        mid = (lo + hi) // 2
+        lo, hi = (lo, mid) if holds(mid) else (mid + 1, hi)
+    return lo
+
+
+class Causal(Pattern):
+    """Query i sees keys 0 to i."""
+
+    name = "causal"
+    rewrites = False
+
+    def match(self, form: FormView) -> Iterable[Candidate]:
+        if form.dense and not form.data_dependent():
+            yield Candidate("causal", {}, form.causal, witnesses=(form.query,))
+
+
+class Full(Pattern):
+    """Every query sees every key."""
+
+    name = "full"
+    rewrites = False
+
+    def match(self, form: FormView) -> Iterable[Candidate]:
+        if form.dense and not form.data_dependent():
+            yield Candidate("unknown", {}, lambda p: x.TRUE, witnesses=(x.ZERO,))
+
+
+class SlidingWindow(Pattern):
+    """Query i sees keys ``i - window < p <= i``; as a band mask, look-back chunks, or an unfold."""
+
+    name = "sliding_window"
+    returns_lse = True
+
+    def match(self, form: FormView) -> Iterable[Candidate]:
+        if form.data_dependent():
+            return
+        window = self._width_of_last_row(form)
+        if window is None or form.dense and window == form.keys:
+            return
+
+        def visible(p: Expr) -> Expr:
+            return x.conj(form.causal(p), x.less(x.minus(form.query, p), x.integer(window)))
+
+        index = form.query if form.dense else x.minus(form.query, x.minus(form.form.key, form.form.j))
+        yield Candidate("sliding_window", {"window": window}, visible, witnesses=(index,))
+
+    def _width_of_last_row(self, form: FormView) -> int | None:
+        last = form.queries - 1
+        if last < 0:
+            return None
+        if not form.dense:
+            return sum(form.sees(last, k) for k in range(form.width)) or None
+        if last >= form.width:
+            return None
+        first = first_true(last + 1, lambda k: form.sees(last, k))
+        return None if first is None else last - first + 1
+
+    def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
+        window, n = candidate.parameters["window"], form.queries
+        if form.dense and n < 4 * window or n < 512:
+            return Reason(ReasonKind.UNPROFITABLE, f"{n} queries with a window of {window}: dense attention is as fast")
+        return None
+
+    def build(self, candidate: Candidate, t: Tensors) -> Any:
+        return torch.ops.fsa.sliding_window_attention(t.q, t.k, t.v, candidate.parameters["window"], t.scale, 0)
+
+
+class Compressed(Pattern):
+    """Query i sees the prefix and every compressed key c with ``(c - prefix) * stride + last <= i``."""
+
+    name = "compressed"
+    returns_lse = True
+
+    def match(self, form: FormView) -> Iterable[Candidate]:
+        if not form.dense or form.data_dependent():
+            return
+        firsts = [first_true(form.queries, lambda q, c=c: form.sees(q, c)) for c in range(min(form.width, 64))]
+        seen = [f for f in firsts if f is not None]
+        prefix = sum(f == 0 for f in seen)
+        rest = seen[prefix:]
+        if not rest:
+            return
+        last, stride = rest[0], rest[1] - rest[0] if len(rest) > 1 else 1
+        if stride < 1:
+            return
+
+        def visible(c: Expr) -> Expr:
+            position = x.plus(x.times(x.minus(c, prefix), stride), last)
+            return x.disj(x.less(c, x.integer(prefix)), x.at_least(form.query, position))
+
+        yield Candidate("compressed", {"stride": stride, "last": last, "prefix": prefix}, visible, witnesses=(x.ZERO,))
+
+    def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
+        if form.queries < 512:
+            return Reason(ReasonKind.UNPROFITABLE, f"{form.queries} queries: dense attention is as fast")
+        return None
+
+    def build(self, candidate: Candidate, t: Tensors) -> Any:
+        p = candidate.parameters
+        return torch.ops.fsa.compressed_attention(t.q, t.k, t.v, t.scale, p["stride"], p["last"], p["prefix"], 0)
+
+
+class Selected(Pattern):
+    """Query i sees the keys of the blocks in a per-query list; as a mask over all keys or as gathered keys."""
+
+    name = "selected"
+    returns_lse = True
+
+    def match(self, form: FormView) -> Iterable[Candidate]:
+        if form.dense:
+            yield from self._from_mask(form)
+        else:
+            yield from self._from_gather(form)
+
+    def _from_mask(self, form: FormView) -> Iterator[Candidate]:
+        jv = x.as_var(form.form.j)
+        found = {t for t in x.walk(form.form.visible) if t.op == "exists" and jv in t.free}
+        if len(found) != 1:
+            return
+        (membership,) = found
+        slot, body = membership.args
+        valid = x.TRUE
+        if body.op == "and":  # conditions on the slot beside the equality: entries that do not count
+            conditions = [c for c in body.args if jv not in c.free]
+            equations = [c for c in body.args if jv in c.free]
+            if len(equations) != 1:
+                return
+            body, valid = equations[0], x.conj(*conditions)
+        if body.op != "eq":
+            return
+        split = _list_and_block(body.args[0], jv, slot, form)
+        if split is None:
+            return
+        entry, block_size = split
+        yield from self._candidates(form, entry, valid, x.poly(slot), block_size)
+
+    def _from_gather(self, form: FormView) -> Iterator[Candidate]:
+        key, width = form.form.key, x.constant(form.form.width)
+        data = [(t, k) for t, k in key.args[1] if any(y.op == "apply" for y in x.walk(t))]
+        if len(data) != 1 or width is None:
+            return
+        atom, block_size = data[0]
+        if block_size < 1 or width % block_size:
+            return
+        slot, offset, mapping = slot_and_offset(form, block_size)
+        entry = x.substitute(x.poly(atom), mapping)
+        if x.plus(x.times(entry, block_size), offset) is not x.substitute(key, mapping):
+            return
+        seen = x.substitute(form.form.visible, mapping)
+        at_first = x.substitute(seen, {x.as_var(offset): x.ZERO}) if x.as_var(offset) else seen
+        yield from self._candidates(form, entry, x.TRUE, slot, block_size)
+        if at_first is not x.TRUE:
+            yield from self._candidates(form, entry, at_first, slot, block_size)
+
+    def _candidates(self, form: FormView, entry: Expr, valid: Expr, slot: Expr, block_size: int) -> Iterator[Candidate]:
+        """One candidate per causal rule, for a list of blocks."""
+        i, heads = form.query, form.form
+        own = x.floordiv(i, block_size)
+        facts, picks = order_facts(form.reader, [entry, valid], own)
+        head = x.as_var(heads.h)
+        shared = heads.groups == 1 or head is None
+        if not shared:
+            first = {head: x.times(x.floordiv(heads.h, heads.groups), heads.groups)}
+            shared = all(x.substitute(e, first) is e for e in (entry, valid))
+
+        def causal(p: Expr) -> Expr:
+            return form.causal(p)
+
+        def listed_only(p: Expr) -> Expr:
+            return x.TRUE
+
+        def diagonal(p: Expr) -> Expr:
+            return x.implies(x.equal(x.floordiv(p, block_size), own), form.causal(p))
+
+        def listed(p: Expr) -> Expr:
+            return x.exists(slot, x.conj(valid, x.equal(entry, x.floordiv(p, block_size))))
+
+        inside = x.mod(i, block_size)
+        if form.dense:
+            witnesses = (i, *(x.times(first, block_size) for first, _ in picks))
+        else:
+            last = x.minus(form.form.width, block_size)
+            witnesses = (*(x.plus(x.times(w, block_size), inside) for _, w in picks), x.ZERO, x.plus(last, inside))
+        slots = x.as_var(slot)
+        parameters = {
+            "block_size": block_size,
+            "top_k": form.reader.sizes.hint(slots.args[1]) if slots is not None else 1,
+            "per": "kv head" if shared else "query head",
+        }
+        for rule, order in (("causal", causal), ("listed", listed_only), ("diagonal", diagonal)):
+            yield Candidate(
+                "selected", {**parameters, "rule": rule},
+                visible=lambda p, order=order: x.conj(listed(p), order(p)),
+                blocks=BlockList(entry, valid, slot, block_size, order, not shared),
+                witnesses=witnesses, terms=(x.ZERO, *(w for _, w in picks)), facts=tuple(facts),
+            )  # fmt: skip
+
+    def supports(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
+        if candidate.parameters["block_size"] == 1:
+            return Reason(ReasonKind.TOKEN_LEVEL, "the top-k picks single tokens, not blocks of keys")
+        return None
+
+    def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
+        p, n = candidate.parameters, form.keys
+        attended = p["block_size"] * p["top_k"]
+        if form.dense and 2 * attended > n or n < 512:
+            return Reason(ReasonKind.UNPROFITABLE, f"{attended} of {n} keys are selected: dense attention is as fast")
+        return None
+
+    def build(self, candidate: Candidate, t: Tensors) -> Any:
+        p = candidate.parameters
+        return torch.ops.fsa.selected_attention(t.q, t.k, t.v, t.indices, p["block_size"], t.scale, p["rule"], 0)
+
+
+def _list_and_block(equation: Expr, jv: Expr | None, slot: Expr, form: FormView) -> tuple[Expr, int] | None:
+    """``list[slot] - block(j) == 0`` taken apart: the list entry, and after how many keys the block number steps."""
+    moving = [(t, k) for t, k in equation.args[1] if jv in t.free]
+    if any(slot in t.free for t, _ in moving) or abs(moving[0][1]) != 1:
+        return None
+    element = x.ZERO
+    for t, k in moving:
+        element = x.plus(element, x.times(x.poly(t), k))
+    entry = x.minus(equation, element)
+    if moving[0][1] > 0:
+        entry, element = x.times(entry, -1), element
+    else:
+        element = x.times(element, -1)
+    try:
+        values = dict.fromkeys(element.free, 0)
+        start = at_point(element, values, form.reader.sizes.hints)
+        step = first_true(form.keys, lambda k: at_point(element, {**values, jv: k}, form.reader.sizes.hints) != start)
+    except DataDependent:
+        return None
+    return entry, step if step is not None else max(form.keys, 1)
+
+
+BUILTIN: tuple[Pattern, ...] = (Causal(), SlidingWindow(), Compressed(), Full(), Selected())
