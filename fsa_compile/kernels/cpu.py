@@ -188,7 +188,8 @@ def banded_attention_backward(
             grad = _rows(dout, chunk, groups, dtype)
             weights = _logits(rows, _columns(keys, chunk), chunk, groups).sub_(_rows(reference, chunk, groups, dtype)).exp_()
             _columns(dv, chunk).baddbmm_(weights.transpose(1, 2), grad)
-            slope = torch.bmm(grad, _columns(values, chunk).transpose(1, 2)).sub_(_rows(shift, chunk, groups, dtype)).mul_(weights)
+            slope = torch.bmm(grad, _columns(values, chunk).transpose(1, 2))
+            slope.sub_(_rows(shift, chunk, groups, dtype)).mul_(weights)
             _columns(dk, chunk).baddbmm_(slope.transpose(1, 2), rows)
             target = dq[chunk.batch, :, chunk.queries]
             target.copy_(torch.bmm(slope, _columns(keys, chunk)).mul_(scale).view(target.shape))

@@ -136,7 +136,8 @@ class Tiles:
     def __init__(self, problem: Problem, piece: Pass, indices: Tensor) -> None:
         listed = indices[piece.batch, piece.heads, piece.queries]
         batch, heads, n, t = listed.shape
-        positions = problem.positions.expand(problem.batch, -1)[piece.batch, None, piece.queries].expand(-1, heads, -1).flatten(0, 1)
+        positions = problem.positions.expand(problem.batch, -1)[piece.batch, None, piece.queries]
+        positions = positions.expand(-1, heads, -1).flatten(0, 1)
         average = n * t // problem.blocks
         self.problem = problem
         self.rows = max(1, min(MATRIX_ROWS // problem.group, 1 << average.bit_length()))
@@ -178,9 +179,9 @@ class Tiles:
         return logits
 
     def partials(self, width: int, unused: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A buffer of partial results, and its part that tiles write: (tiles * rows + 1, group, width), (tiles, rows * group, width).
+        """A buffer of partial results (tiles * rows + 1, group, width), and its part that tiles write, (tiles, rows * group, width).
 
-        The last row of the first, filled with `unused`, belongs to the entries that count nothing.
+        The buffer's last row, filled with `unused`, belongs to the entries that count nothing.
         """
         buffer = like.new_empty(self.plan.row.numel() + 1, self.problem.group, width, dtype=self.problem.dtype)
         buffer[-1] = unused
@@ -194,7 +195,15 @@ class Tiles:
 
 
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, scale: float, rule: str, q_offset: int, q_offsets: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    block_size: int,
+    scale: float,
+    rule: str,
+    q_offset: int,
+    q_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over the blocks it lists; the meaning is `reference.selected_attention`.
 

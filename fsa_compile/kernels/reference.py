@@ -63,7 +63,9 @@ def selected_visibility(indices: Tensor, positions: Tensor, block_size: int, m: 
 
 
 def compressed_visibility(positions: Tensor, c: int, stride: int, last: int, prefix: int = 0) -> Tensor:
-    """Which compressed keys a query sees, (b or 1, 1, n, c): key j iff ``j < prefix or (j - prefix) * stride + last <= position``.
+    """Which compressed keys a query sees, (b or 1, 1, n, c).
+
+    Key j is visible iff ``j < prefix or (j - prefix) * stride + last <= position``.
 
     Args:
         positions: From `query_positions`, (b or 1, n).
