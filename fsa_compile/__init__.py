@@ -16,9 +16,8 @@ from typing import Any, TYPE_CHECKING
 from fsa_compile.report import Counterexample, GraphReport, Proof, Reason, ReasonKind, Report, Site, Verdict
 
 if TYPE_CHECKING:
-    from fsa_compile import registry
+    from fsa_compile import ops, registry
     from fsa_compile.backend import explain, last_report
-    from fsa_compile.kernels import ops
 
 __version__ = "0.1.0"
 
@@ -40,7 +39,7 @@ __all__ = [
 _LAZY = {
     "explain": ("fsa_compile.backend", "explain"),
     "last_report": ("fsa_compile.backend", "last_report"),
-    "ops": ("fsa_compile.kernels.ops", None),
+    "ops": ("fsa_compile.ops", None),
     "registry": ("fsa_compile.registry", None),
 }
 

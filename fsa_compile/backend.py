@@ -15,13 +15,13 @@ import inspect
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPassBase
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fsa_compile
 from fsa_compile import options as options_
@@ -132,7 +132,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         return gm.forward
 
     model = torch._dynamo.eval_frame.innermost_fn(getattr(model, "_orig_mod", model))
-    # Where torch has them (2.12), separate caches keep this compilation out of the user's recompile limit.
+    # Where torch has them (not in 2.11), separate caches keep this compilation out of the user's recompile limit.
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     with _undisturbed(model, (args, kwargs)):
         torch.compile(model, backend=analyse, **isolated)(*args, **kwargs)
@@ -196,7 +196,7 @@ class CacheSalt(CustomGraphPass):
 
     def uuid(self) -> Any | None:
         """The sources' hash with the other passes' ids; None, which turns caching off, if one of those has none."""
-        others = [custom_pass.uuid() if isinstance(custom_pass, CustomPassBase) else None for custom_pass in self.theirs]
+        others = [custom_pass.uuid() if isinstance(custom_pass, CustomGraphPass) else None for custom_pass in self.theirs]
         return None if None in others else (kernel_hash(), *others)
 
 
@@ -262,8 +262,8 @@ def _fingerprint(gm: torch.fx.GraphModule) -> list[tuple[Any, ...]]:
     return [(node, node.target, node.args, node.kwargs) for body in bodies for node in body.graph.nodes]
 
 
-def _pattern_names() -> Iterable[str]:
-    from fsa_compile.registry.registry import registry
+def _pattern_names() -> tuple[str, ...]:
+    from fsa_compile import registry
 
     return registry.names()
 

@@ -92,3 +92,12 @@ def test_torch_compile_raises_a_wrong_option_with_our_text(pipeline):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean 'inner'"):
         compiled(torch.ones(2))
     assert pipeline.calls == []
+
+
+def test_torch_compile_checks_pattern_names_against_the_registry(pipeline):
+    compiled = torch.compile(torch.relu, backend="fsa", options={"inner": "eager", "only": ["slected"]})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean 'selected'"):
+        compiled(torch.ones(2))
+    compiled = torch.compile(torch.relu, backend="fsa", options={"inner": "eager", "only": ["selected"]})
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
+    assert pipeline.calls[0][1].only == ("selected",)
