@@ -14,7 +14,7 @@ from .evaluate import DataDependent
 from .form_view import FormView
 from .lift import AttentionForm, lift
 from .prove import Prover
-from .reader import Reader
+from .reader import Reader, op_name
 from .refusal import Refusal
 from .sites import SiteNodes, dropout_between
 from .visibility import prove_no_empty_row
@@ -126,12 +126,17 @@ def _empty_rows(
     proof = prove_no_empty_row(view, candidate, prover)
     if proof is not None:
         return (proof,), None
+    added_gradient = form.additive and needs_grad
     if form.fills == {float("-inf")}:
+        if form.zero_rows and op_name(view.reader.nodes[form.softmax]) == "scaled_dot_product_attention":
+            return (), "zero"
+        if added_gradient:  # 0 * NaN: the gradient of such a row reaches q and k through the sum
+            raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added -inf then gives NaN gradients that the op would drop")
         return (), "zero" if form.zero_rows else "nan"
     if len(form.fills) > 1:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and its masked logits get different finite values")
     if not view.dense or form.keys is not form.width:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and a finite fill then averages over gathered or padded keys")
-    if form.additive and needs_grad:
+    if added_gradient:
         raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added finite fill then has a gradient that the op would drop")
     return (), "mean"

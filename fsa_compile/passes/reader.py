@@ -28,6 +28,10 @@ from .sizes import Sizes
 Coords = tuple[Expr, ...]
 
 
+class Unreadable(Exception):
+    """A rule met an argument that has no expression (a symbolic float, say): the node becomes a leaf."""
+
+
 class Mode(enum.Enum):
     """How far reading looks through a real-valued node."""
 
@@ -230,7 +234,10 @@ class Reader:
             inner = self.read(step.source, step.coords, mode)
             return inner if step.guard is x.TRUE else x.select(step.guard, inner, literal(step.fill, dtype(n)))
         if name in VALUES and (mode is not Mode.OPERAND or self.transparent_operand(n)):
-            r = VALUES[name](self, n, coords, mode)
+            try:
+                r = VALUES[name](self, n, coords, mode)
+            except Unreadable:
+                r = None
             if r is not None and exact(r, dtype(n)):
                 return r
         if name:
@@ -275,7 +282,7 @@ class Reader:
             return x.boolean(v)
         if isinstance(v, float):
             return x.real(v)
-        raise TypeError(f"{n.name}: cannot read argument {v!r}")
+        raise Unreadable(f"{n.name}: argument {v!r}")
 
     def coerce(self, n: Node, e: Expr) -> Expr:
         """`e` as an element of the dtype of `n`."""
@@ -289,7 +296,7 @@ class Reader:
             return x.select(e, x.ONE, x.ZERO)
         if e.sort == x.INT:
             return e
-        raise TypeError(f"{n.name}: a real does not become an integer by coercion")
+        raise Unreadable(f"{n.name}: a real made an integer")
 
     # -- operands
     def transparent_operand(self, n: Node) -> bool:

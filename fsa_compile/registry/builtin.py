@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import ops as _registers_the_ops  # noqa: F401
 from ..passes import expr as x
 from ..passes.evaluate import DataDependent, at_point
 from ..passes.expr import Expr

@@ -1,0 +1,179 @@
+"""One Dynamo graph through all passes: shadow, sites, lift, prove, legality, profit, rewrite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from typing import TypeVar
+
+from torch.fx import GraphModule, Node
+
+from ..options import Options
+from ..registry.pattern import Pattern
+from ..registry.registry import patterns as registered
+from ..report import GraphReport, Reason, ReasonKind, Site, Verdict
+from . import dynamo_graph as dg
+from .classify import Match, classify
+from .legality import Placement, needs_grad, place
+from .profit import weigh
+from .prove import Prover
+from .reader import Reader
+from .refusal import Refusal
+from .rewrite import Rewriter
+from .shadow import Shadow, trace
+from .sites import SiteNodes, find_sites
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _start: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._start, 4)
+        self._start = now
+
+
+def analyse_and_rewrite(gm: GraphModule, options: Options, *, name: str, rewrite: bool = True) -> tuple[GraphReport, ...]:
+    """Analyse a Dynamo graph and the checkpoint bodies in it, and put the ops in.
+
+    Args:
+        gm: The graph; its nodes carry ``meta["example_value"]``. Mutated in place.
+        options: What may be done.
+        name: What reports call the graph.
+        rewrite: False to analyse only.
+
+    Returns:
+        One report per graph body. A fault of ours before the rewrite leaves the body as it was and is reported.
+
+    Raises:
+        Exception: Any fault of ours, under ``options.strict``.
+    """
+    reports = [_one_body(gm, options, name, rewrite)]
+    for attribute, body in dg.bodies(gm):
+        reports += analyse_and_rewrite(body, options, name=f"{name} / {attribute}", rewrite=rewrite)
+    return tuple(reports)
+
+
+def _one_body(gm: GraphModule, options: Options, name: str, rewrite: bool) -> GraphReport:
+    nodes = sum(map(dg.is_call, gm.graph.nodes))
+    clock = _Clock()
+    try:
+        sites, notes = _analyse(gm, options, rewrite, clock)
+    except Exception as fault:
+        if options.strict:
+            raise
+        text = f"fsa_compile failed and left the graph as it was: {type(fault).__name__}: {fault}"
+        return GraphReport(name, nodes, notes=(text,), seconds=clock.seconds)
+    return GraphReport(name, nodes, tuple(sites), tuple(notes), clock.seconds)
+
+
+def _analyse(gm: GraphModule, options: Options, rewrite: bool, clock: _Clock) -> tuple[list[Site], list[str]]:
+    notes = _notes(gm)
+    shadow = trace(gm)
+    clock.lap("shadow")
+    if shadow is None:
+        return [], notes
+    reader = Reader(shadow.graph_module)
+    prover = Prover(reader, options.proof_seconds)
+    candidates = [p for p in registered() if not _disabled(p.name, options)]
+    found: list[tuple[Site, Match | None, Placement | None]] = []
+    for nodes in find_sites(reader):
+        found.append(_judge(reader, shadow, nodes, candidates, prover, options))
+        clock.lap("lift and prove")
+    sites: list[Site] = []
+    rewriter = Rewriter(reader, gm.graph)
+    for site, match, placement in found:
+        if match is not None and placement is not None and rewrite:
+            try:
+                rewriter.rewrite(match, placement)
+            except Refusal as refusal:
+                site = site.refuse(refusal.reason)
+            except Exception as fault:
+                if options.strict:
+                    raise
+                site = site.refuse(_internal(fault))
+        sites.append(site)
+    if rewriter.replaced:
+        gm.graph.lint()
+        gm.recompile()
+    clock.lap("rewrite")
+    return sites, notes
+
+
+def _disabled(name: str, options: Options) -> bool:
+    return name in options.disable or bool(options.only) and name not in options.only
+
+
+def _internal(fault: Exception) -> Reason:
+    return Reason(ReasonKind.INTERNAL, f"fault of fsa_compile: {type(fault).__name__}: {fault}")
+
+
+def _judge(
+    r: Reader, shadow: Shadow, nodes: SiteNodes, candidates: Sequence[Pattern], prover: Prover, options: Options
+) -> tuple[Site, Match | None, Placement | None]:
+    """The verdict on one site; a match and its place only if it is to be rewritten."""
+    last = _dynamo_node(shadow, nodes.contraction)
+    site = Site(
+        role="unknown", verdict=Verdict.REFUSED, source=dg.source_of(last) if last is not None else "?",
+        node=last.name if last is not None else nodes.contraction.name, module=dg.module_of(last) if last is not None else "",
+    )  # fmt: skip
+    match: Match | None = None
+    try:
+        match = classify(r, nodes, frozenset(shadow.standing_for), candidates, prover, needs_grad(shadow, nodes.contraction))
+        site = _with(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)
+        if not match.pattern.rewrites:
+            text = f"{match.pattern.name} attention: the inner compiler has it"
+            return _with(site, verdict=Verdict.LEFT, reason=Reason(ReasonKind.NOT_ATTENTION, text)), None, None
+        placement = place(r, shadow, match)
+        weigh(r, match, placement, always=options.profit == "always")
+        return _with(site, verdict=Verdict.REWRITTEN), match, placement
+    except Refusal as refusal:
+        reason = refusal.reason if refusal.reason.source else _with(refusal.reason, source=site.source)
+        return _with(site.refuse(reason), counterexample=refusal.counterexample), None, None
+    except Exception as fault:
+        if options.strict:
+            raise
+        return site.refuse(_internal(fault)), None, None
+
+
+def _with(data: T, **changes: object) -> T:
+    return replace(data, **changes)  # type: ignore[type-var]
+
+
+def _parameters(match: Match) -> dict[str, object]:
+    form = match.form
+    shared = {"scale": form.scale, "heads": form.groups * form.kv_heads, "kv_heads": form.kv_heads}
+    empty = {"empty_rows": match.empty_value} if match.empty_value is not None else {}
+    return {**match.candidate.parameters, **shared, **empty}
+
+
+def _dynamo_node(shadow: Shadow, n: Node) -> Node | None:
+    """The Dynamo node that made a shadow node, or the nearest one after it."""
+    seen, todo = {n}, [n]
+    while todo:
+        s = todo.pop(0)
+        if s in shadow.standing_for:
+            return shadow.standing_for[s][0]
+        for u in s.users:
+            if u not in seen:
+                seen.add(u)
+                todo.append(u)
+    return None
+
+
+def _notes(gm: GraphModule) -> list[str]:
+    """Barriers that the user may want to know of."""
+    out = []
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and dg.is_higher_order(n) and "checkpoint" not in str(n.target):
+            out.append(f"{dg.source_of(n)}: {n.target} is left whole; attention inside of it is not looked at")
+    return sorted(set(out))

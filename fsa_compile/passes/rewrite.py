@@ -1,0 +1,229 @@
+"""Putting the ops into the Dynamo graph: the only module that mutates a graph.
+
+For each match, in front of the node that held the output: views that turn the user's tensors into canonical ones, the list
+of blocks where the role has one, the pattern's own `build`, the value of empty rows, and the view back. Then the old output
+is replaced, and what only it needed is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from ..registry.pattern import Tensors
+from . import dynamo_graph as dg
+from . import expr as x
+from .classify import Match
+from .evaluate import TensorEvaluator
+from .expr import Expr
+from .legality import Placement
+from .profit import operand_dtype
+from .reader import Reader
+from .refusal import Refusal
+from ..report import ReasonKind
+
+_RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
+
+
+class Rewriter:
+    """Rewrites the sites of one Dynamo graph.
+
+    Args:
+        r: Reader of its shadow.
+        graph: The Dynamo graph.
+    """
+
+    def __init__(self, r: Reader, graph: Graph) -> None:
+        self.r, self.graph = r, graph
+        self.tracer = GraphAppendingTracer(graph)
+        self.replaced: dict[Node, Node] = {}
+
+    def rewrite(self, match: Match, placement: Placement) -> None:
+        """Replaces one site; on any exception the graph is as before.
+
+        Raises:
+            Refusal: If a dynamic size is not at hand in the graph.
+        """
+        last = placement.output.prev
+        try:
+            with self.graph.inserting_before(placement.output):
+                new = self._emit(match, placement)
+        except BaseException:
+            while placement.output.prev is not last:
+                self.graph.erase_node(placement.output.prev)
+            raise
+        node = placement.output.prev
+        while node is not last:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in placement.output.meta and key not in node.meta:
+                    node.meta[key] = placement.output.meta[key]
+            node = node.prev
+        new.meta["example_value"] = placement.output.meta.get("example_value")
+        placement.output.replace_all_uses_with(new)
+        self.replaced[placement.output] = new
+        self._remove_dead(placement.output)
+
+    # -- emission
+    def _proxy(self, n: Node) -> Proxy:
+        while n in self.replaced:
+            n = self.replaced[n]
+        return Proxy(n, self.tracer)
+
+    def _emit(self, match: Match, placement: Placement) -> Node:
+        form = match.form
+        sizes = _SizeValues(self.r, placement.output, self._proxy)
+        b, hq, n, dk, dv = map(sizes, form.sizes)
+        m, hkv = sizes(form.keys), form.kv_heads
+        dtype = operand_dtype(match)
+
+        def canonical(node: Node, operand: Any, shape: Sequence[Any]) -> Any:
+            t = operand.layout.to_canonical(self._proxy(node), shape)
+            value = dg.value(node)
+            assert isinstance(value, torch.Tensor)
+            return t if value.dtype == dtype else t.to(dtype)
+
+        tensors = Tensors(
+            q=canonical(placement.q, form.q, (b, hq, n, dk)),
+            k=canonical(placement.k, form.k, (b, hkv, m, dk)),
+            v=canonical(placement.v, form.v, (b, hkv, m, dv)),
+            scale=form.scale,
+            indices=self._block_list(match, placement, sizes),
+        )
+        result = match.pattern.build(match.candidate, tensors)
+        out, lse = (result[0], result[1]) if match.pattern.returns_lse else (result, None)
+        out = _fill_empty_rows(out, lse, tensors.v, match, hq // hkv)
+        value = dg.value(placement.output)
+        assert isinstance(value, torch.Tensor)
+        if value.dtype != dtype:
+            out = out.to(value.dtype)
+        shape = [sizes(s) for s in self.r.shape(self.r.nodes[form.output])]
+        out = form.output_layout.from_canonical(out, shape)
+        return out.node
+
+    def _block_list(self, match: Match, placement: Placement, sizes: _SizeValues) -> Any:
+        """The ``(b, hkv or hq, n, t)`` block numbers, -1 where a slot does not count."""
+        blocks, form = match.candidate.blocks, match.form
+        if blocks is None:
+            return None
+        heads = form.groups * form.kv_heads if blocks.per_query_head else form.kv_heads
+        h = x.var("kv", heads)
+        head = h if blocks.per_query_head else x.times(h, form.groups)
+        slot_var = x.as_var(blocks.slot)
+        slot_size = slot_var.args[1] if slot_var is not None else x.ONE
+        axes, extents, mapping = [], [], {}
+        for e, stand_in, size in (
+            (form.b, None, form.sizes[0]),
+            (form.h, head, x.integer(heads)),
+            (form.i, None, form.sizes[2]),
+            (blocks.slot, None, slot_size),
+        ):
+            v = x.as_var(e)
+            if stand_in is not None:
+                if v is not None:
+                    mapping[v] = stand_in
+                v = x.as_var(h)
+            axes.append(v if v is not None else x.as_var(x.var(f"unit{len(axes)}", 2)))
+            extents.append(sizes(size))
+        evaluate = TensorEvaluator(
+            axes,
+            extents,
+            tensor=lambda name: self._proxy(placement.data[name]),
+            shape=lambda name: self._data_shape(name),
+            size=sizes.symbol,
+            device=dg.value(placement.q).device,  # type: ignore[union-attr]
+            create=self._create,
+        )
+        entry = x.substitute(blocks.entry, mapping)
+        valid = x.substitute(blocks.valid, mapping)
+        out = evaluate(x.select(valid, entry, x.integer(-1)))
+        if isinstance(out, int):
+            out = self._create(torch.full, [1, 1, 1, 1], out, device=evaluate.device)
+        return out.expand(extents)
+
+    def _data_shape(self, name: str) -> Sequence[Expr]:
+        node = self.r.nodes[name]
+        if name in self.r.tops:
+            return self.r.sizes.shape(node.meta["val"][1])
+        return self.r.shape(node)
+
+    def _create(self, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", factory, args, kwargs)
+
+    # -- removal
+    def _remove_dead(self, n: Node) -> None:
+        todo = [n]
+        while todo:
+            dead = todo.pop()
+            if dead.users or not dg.is_call(dead) or self._has_effect(dead):
+                continue
+            if dead not in self.graph.find_nodes(op=dead.op, target=dead.target):
+                continue
+            inputs = dead.all_input_nodes
+            self.graph.erase_node(dead)
+            todo.extend(inputs)
+
+    @staticmethod
+    def _has_effect(n: Node) -> bool:
+        name = dg.target_name(n)
+        return n.is_impure() or dg.writes(n) or dg.switches_mode(n) or dg.is_higher_order(n) or name.startswith(_RANDOM)
+
+
+def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:
+    """Give rows that see no key the value and the gradient that the user's code gives them."""
+    if match.empty_value in (None, "zero"):
+        return out
+    if lse is None:
+        raise Refusal(ReasonKind.EMPTY_ROWS, f"a query may see no key, and pattern {match.pattern.name!r} returns no log-sum-exp")
+    empty = (lse == float("-inf")).unsqueeze(-1)
+    if match.empty_value == "mean":
+        fill = v.mean(2, keepdim=True)
+    else:
+        # Eager NaN probabilities multiply every value: forward NaN in this row, gradient NaN in all values.
+        fill = v.sum(2, keepdim=True)
+    if groups > 1:
+        fill = fill.repeat_interleave(groups, 1)
+    if match.empty_value == "nan":
+        fill = fill * torch.where(empty, float("nan"), 0.0).to(fill.dtype if isinstance(fill, torch.Tensor) else operand_dtype(match))
+    return torch.where(empty, fill, out)
+
+
+class _SizeValues:
+    """Size expressions as numbers, or as values in the graph where they are dynamic."""
+
+    def __init__(self, r: Reader, output: Node, proxy: Callable[[Node], Proxy]) -> None:
+        self.r, self.output, self.proxy = r, output, proxy
+        self._symbols: dict[str, Any] = {}
+
+    def __call__(self, e: Expr) -> Any:
+        c = x.constant(e)
+        if c is not None:
+            return c
+        return TensorEvaluator((), (), _none, _none, self.symbol, torch.device("cpu")).scalar(e)
+
+    def symbol(self, name: str) -> Any:
+        """The value of a size symbol: a symbolic integer of the graph, or a dimension of one of its tensors."""
+        if name not in self._symbols:
+            self._symbols[name] = self._find(name)
+        return self._symbols[name]
+
+    def _find(self, name: str) -> Any:
+        wanted = self.r.sizes.symbols[name]
+        for n in self.output.graph.nodes:
+            if n is self.output:
+                break
+            v = dg.value(n)
+            if isinstance(v, torch.SymInt) and v.node.expr == wanted:
+                return self.proxy(n)
+            if isinstance(v, torch.Tensor) and n.op == "placeholder":
+                for d, s in enumerate(v.shape):
+                    if isinstance(s, torch.SymInt) and s.node.expr == wanted:
+                        return self.proxy(n).size(d)
+        raise Refusal(ReasonKind.SHAPE, f"the dynamic size {name} is not at hand in the graph")
+
+
+def _none(name: str) -> Any:
+    raise KeyError(name)
