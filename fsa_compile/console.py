@@ -112,7 +112,8 @@ def _rows(graph: GraphReport, full: bool) -> Iterator[tuple[Text, Text, list[Tex
 
 def _what(site: Site, *, full: bool) -> Iterator[Text]:
     if site.reason is not None:
-        yield Text(f"{site.reason.kind}: {site.reason}" if full else str(site.reason))
+        reason = site.reason.text if site.reason.source == site.source else str(site.reason)
+        yield Text(f"{site.reason.kind}: {reason}" if full else reason)
     if site.counterexample is not None:
         yield Text(str(site.counterexample), style="yellow")
     if site.parameters:

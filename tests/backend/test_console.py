@@ -154,3 +154,9 @@ def test_no_stderr_is_no_error(monkeypatch):
 def test_a_report_prints_as_its_full_text():
     report = Report((LAYERS,))
     assert str(report) == console.render(report, "full")
+
+
+@pytest.mark.parametrize("source, shown", [("model.py:70", "too small (model.py:70)\n"), ("model.py:77", "too small\n")])
+def test_a_reasons_line_is_shown_unless_it_is_the_sites(source, shown):
+    site = Site("causal", Verdict.LEFT, "model.py:77", Reason(ReasonKind.UNPROFITABLE, "too small", source))
+    assert shown in console.render(Report((GraphReport("graph 0", sites=(site,)),)))

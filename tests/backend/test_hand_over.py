@@ -105,6 +105,36 @@ def test_dynamic_shapes_compile_once(pipeline):
     assert len(pipeline.calls) == 1
 
 
+def checkpointed(x):
+    return torch.utils.checkpoint.checkpoint(lambda x: (x @ x.T).softmax(-1), x, use_reentrant=False)
+
+
+def under_autocast(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ x.T
+
+
+def without_gradient(x):
+    with torch.no_grad():
+        weight = x.softmax(-1)
+    return weight * x
+
+
+@pytest.mark.parametrize("function", [checkpointed, under_autocast, without_gradient])
+def test_contexts_survive(pipeline, function):
+    """A retraced graph would lose each of these; the Dynamo graph that is handed over keeps them."""
+    results = []
+    for run in (function, torch.compile(function, backend="fsa", fullgraph=True, options={"inner": "aot_eager"})):
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = run(x)
+        out.float().square().sum().backward()
+        results.append((out.detach(), x.grad))
+    (want, want_gradient), (got, gradient) = results
+    assert got.dtype == want.dtype
+    # The same kernels in the same order, but AOTAutograd may group a backward's sums in another way.
+    torch.testing.assert_close((got, gradient), (want, want_gradient), rtol=1e-6, atol=1e-6)
+
+
 def test_fsa_disable_hands_over_untouched(pipeline, inductor, monkeypatch):
     monkeypatch.setenv("FSA_DISABLE", "1")
     out = torch.compile(model, backend="fsa", mode="max-autotune")(X)
