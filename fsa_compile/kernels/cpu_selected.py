@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from fsa_compile.kernels.cpu import compute_dtype, row_shift
+from fsa_compile.kernels.cpu import compute_dtype, exp_, row_shift
 from fsa_compile.kernels.cpu_plan import plan_tiles, visible_keys
 from fsa_compile.kernels.reference import query_positions
 
@@ -179,7 +179,7 @@ class Tiles:
         return logits
 
     def partials(self, width: int, unused: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A buffer of partial results (tiles * rows + 1, group, width), and its part that tiles write, (tiles, rows * group, width).
+        """A buffer of partials (tiles * rows + 1, group, width), and its part that tiles write, (tiles, rows * group, width).
 
         The buffer's last row, filled with `unused`, belongs to the entries that count nothing.
         """
@@ -237,12 +237,12 @@ def selected_attention_forward(
         for run in tiles.slices(q.shape[-1], v.shape[-1]):
             logits = tiles.logits(tiles.queries(queries, run), tiles.keys(key_table, run), run)
             torch.amax(logits, -1, keepdim=True, out=peak_tiles[run])
-            weights = logits.sub_(peak_tiles[run]).exp_()
+            weights = exp_(logits.sub_(peak_tiles[run]))
             torch.sum(weights, -1, keepdim=True, out=total_tiles[run])
             torch.bmm(weights, tiles.keys(value_table, run), out=partial_tiles[run])
         peaks, totals = (x[tiles.plan.place.flatten(0, 1)].squeeze(-1).transpose(1, 2) for x in (peak, total))
         top = peaks.amax(-1, keepdim=True)
-        # A query without an entry has top = -inf; measured from 0 its weights are exp(-inf) = 0.
+        # A query without an entry has top = -inf; measured from a finite number its weights are exp(-inf) = 0.
         weights = (peaks - top.clamp(min=torch.finfo(problem.dtype).min)).exp()
         row_total = (weights * totals).sum(-1, keepdim=True)
         weights = weights / row_total.masked_fill(row_total == 0, 1.0)
@@ -298,7 +298,7 @@ def selected_attention_backward(
         for run in tiles.slices(q.shape[-1], v.shape[-1]):
             rows, grad = tiles.queries(queries, run), tiles.queries(grads, run)
             keys, values = tiles.keys(key_table, run), tiles.keys(value_table, run)
-            weights = tiles.logits(rows, keys, run).sub_(tiles.queries(references, run)).exp_()
+            weights = exp_(tiles.logits(rows, keys, run).sub_(tiles.queries(references, run)))
             value_grads.index_add_(0, tiles.kv_block[run], torch.bmm(weights.transpose(1, 2), grad).flatten(1))
             slope = torch.bmm(grad, values.transpose(1, 2)).sub_(tiles.queries(shifts, run)).mul_(weights)
             key_grads.index_add_(0, tiles.kv_block[run], torch.bmm(slope.transpose(1, 2), rows).flatten(1))
