@@ -1,0 +1,115 @@
+"""Compiles the selected-attention kernels for GPUs that are not there; run as a program by ``test_triton_compile.py``.
+
+The product's own launch code runs on CPU tensors with every kernel launch replaced by a recorder, so what is compiled is
+what a GPU would be asked to run: same constants, same specialisation of strides and pointers. A program of its own, because
+under ``TRITON_INTERPRET=1`` the kernels cannot be compiled.
+
+    python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]'
+
+prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes) and some PTX counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fsa_compile.kernels.triton import selected_attention, selected_backward, selected_forward
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+PTX = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "wide_red": r"(red|atom)\.\S*\.v[24]\.f32", "narrow_red": r"(red|atom)\.\S*add\.f32",
+       "wide_load": r"(ld\.global\S*\.v4|cp\.async\.c[ag]\.shared\.global [^;]*0x10)", "async": r"cp\.async\.c[ag]"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Kernel launches inside are appended to the list instead of run."""
+    launches = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def source_of(kernel, args, kwargs):
+    """The `ASTSource` and options that `kernel[grid](*args, **kwargs)` would compile."""
+    names = [p.name for p in kernel.params]
+    options = {name: kwargs[name] for name in kwargs if name not in names}
+    values = dict(zip(names, args)) | {name: kwargs[name] for name in kwargs if name in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), options
+
+
+def record(group, block_size, dk, dv, dtype, rule="causal", slots=16, deterministic=False, n=256):
+    """The launches of one forward and one backward with two key/value heads."""
+    q, k, v = (torch.zeros(1, h, n, d, dtype=getattr(torch, dtype)) for h, d in ((2 * group, dk), (2, dk), (2, dv)))
+    indices = torch.zeros(1, 2, n, slots, dtype=torch.int32)
+    torch.use_deterministic_algorithms(deterministic)
+    with recorded_launches() as launches:
+        out, lse = selected_attention.selected_attention_forward(q, k, v, indices, block_size, 0.1, rule, 0, None)
+        selected_attention.selected_attention_backward(out, lse, q, k, v, out, lse, indices, block_size, 0.1, rule, 0, None)
+    return launches
+
+
+def resources(cubin):
+    """(registers, spilled bytes) of a thread, or (None, None) where cuobjdump is missing."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def main():
+    """Compile every distinct kernel of every variant for one target."""
+    capability, limit, variants = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    for module in (selected_attention, selected_forward, selected_backward):
+        module.shared_memory_limit = lambda device: limit
+    seen = set()
+    for variant in variants:
+        for kernel, args, kwargs in record(**variant):
+            source, options = source_of(kernel, args, kwargs)
+            options = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+            identity = (source.hash(), tuple(sorted(options.items())))
+            if identity in seen:
+                continue
+            seen.add(identity)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            registers, spills = resources(compiled.asm["cubin"])
+            ptx = compiled.asm["ptx"]
+            counts = {name: len(re.findall(pattern, ptx)) for name, pattern in PTX.items()}
+            print(json.dumps({"kernel": kernel.fn.__name__, "variant": variant, "capability": capability, **options,
+                              "shared": compiled.metadata.shared, "registers": registers, "spills": spills, **counts}), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

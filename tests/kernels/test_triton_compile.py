@@ -1,0 +1,71 @@
+"""The selected-attention kernels compile for sm_80, sm_90 and sm_100 as they would be launched there, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels under test are written in Triton")
+
+from fsa_compile.kernels.triton import launch  # noqa: E402
+
+KIB = 1024
+TARGETS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+"""Compute capability x 10: bytes of shared memory that one program may have."""
+
+VARIANTS = [
+    dict(group=4, block_size=64, dk=128, dv=128, dtype="bfloat16"),
+    dict(group=16, block_size=128, dk=128, dv=128, dtype="bfloat16", slots=8),
+    dict(group=6, block_size=64, dk=192, dv=128, dtype="bfloat16", rule="diagonal"),
+    dict(group=1, block_size=64, dk=256, dv=256, dtype="float16", rule="listed"),
+    dict(group=2, block_size=16, dk=64, dv=64, dtype="float32", slots=5),
+    dict(group=2, block_size=64, dk=64, dv=64, dtype="bfloat16", deterministic=True),
+]
+
+
+def compile_for(capability: int) -> list[dict]:
+    """One row per kernel, from ``compile_kernels.py`` in a process without TRITON_INTERPRET."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    program = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(capability), str(TARGETS[capability]), json.dumps(VARIANTS)],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
+def test_kernels_compile_and_fit(capability):
+    """Every variant compiles; memory stays below the limit and below the estimate that `supports` relies on."""
+    rows = compile_for(capability)
+    heavy = [r for r in rows if r["kernel"] in ("_partial_kernel", "_gradient_kernel")]
+    assert len(heavy) == 2 * len(VARIANTS)
+    assert {"_count_kernel", "_layout_kernel", "_fill_kernel", "_item_kernel", "_merge_kernel", "_delta_kernel",
+            "_sum_entries_kernel", "_sum_items_kernel"} <= {r["kernel"] for r in rows}  # fmt: skip
+    assert all(r["shared"] <= TARGETS[capability] for r in rows)
+    for r in heavy:
+        x, itemsize = r["variant"], 4 if r["variant"]["dtype"] == "float32" else 2
+        choose, memory = {
+            "_partial_kernel": (launch.forward_launch, launch.forward_shared_memory),
+            "_gradient_kernel": (launch.backward_launch, launch.backward_shared_memory),
+        }[r["kernel"]]
+        chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), TARGETS[capability])
+        dk, dv = launch.power_of_two(x["dk"], 16), launch.power_of_two(x["dv"], 16)
+        assert r["shared"] <= memory(chosen.rows, chosen.keys, dk, dv, itemsize, chosen.stages)
+    if capability == 90:
+        half = [r for r in heavy if r["variant"]["dtype"] != "float32"]
+        assert all(r["wgmma"] and r["wide_load"] for r in half)  # Hopper's matrix units, 16-byte loads
+        atomic = [r for r in half if r["kernel"] == "_gradient_kernel" and "deterministic" not in r["variant"]]
+        assert all(r["wide_red"] and not r["narrow_red"] for r in atomic)  # dQ, dK and dV are added four floats at a time
+
+
+def _dtype(name: str):
+    import torch
+
+    return getattr(torch, name)
