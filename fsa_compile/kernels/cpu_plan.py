@@ -2,7 +2,7 @@
 
 A *row* is one (head, query) pair of the pass at hand; an *entry* is one place (head, query, slot) of the index list. A tile
 holds up to `rows` rows, all of which list the tile's block. The plan is one sort and a few prefix sums over the entries, on the
-device of the indices, and reads nothing on the host unless that device is the CPU.
+device of the indices. Where reading the device from the host would stall it, sizes are bounds instead (`exact`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def visible_keys(positions: Tensor, block: Tensor, block_size: int, m: int, rule
     return causal.clamp(min=0)
 
 
-def plan_tiles(indices: Tensor, positions: Tensor, block_size: int, m: int, rule: str, rows: int) -> TilePlan:
+def plan_tiles(indices: Tensor, positions: Tensor, block_size: int, m: int, rule: str, rows: int, exact: bool) -> TilePlan:
     """Groups the entries of `indices` into tiles.
 
     Args:
@@ -63,6 +63,8 @@ def plan_tiles(indices: Tensor, positions: Tensor, block_size: int, m: int, rule
         m: Number of keys.
         rule: "causal", "listed" or "diagonal".
         rows: Rows per tile.
+        exact: Read the number of tiles, and which may need a mask, on the host. Otherwise the plan ends in unused tiles, and
+            masks start at the first.
     """
     heads, n, _ = indices.shape
     device = indices.device
@@ -80,9 +82,8 @@ def plan_tiles(indices: Tensor, positions: Tensor, block_size: int, m: int, rule
     edges = torch.searchsorted(keys, torch.arange(buckets + 1, device=device) * n)
     first = rank[edges]
     ends = (first.diff() + rows - 1).div(rows, rounding_mode="floor").cumsum(0)
-    # A bound that needs no host read: every bucket in use wastes less than one tile.
-    bound = keys.numel() // rows + min(buckets, keys.numel())
-    tiles = int(ends[-1]) if device.type == "cpu" else bound
+    # The bound: every bucket in use wastes less than one tile.
+    tiles = int(ends[-1]) if exact else keys.numel() // rows + min(buckets, keys.numel())
 
     bucket = keys.div(n, rounding_mode="floor").clamp(max=buckets - 1)
     starts = torch.nn.functional.pad(ends, (1, 0))[:-1]
@@ -98,14 +99,12 @@ def plan_tiles(indices: Tensor, positions: Tensor, block_size: int, m: int, rule
         block=block,
         head=bucket % heads,
         place=place.view(indices.shape),
-        masked=_first_masked(block, positions, block_size, m, rule),
+        masked=_first_masked(block, positions, block_size, m, rule) if exact else 0,
     )
 
 
 def _first_masked(block: Tensor, positions: Tensor, block_size: int, m: int, rule: str) -> int:
     """First tile with a key that some row may not see: blocks that end before the first query's own are seen whole."""
-    if block.device.type != "cpu":
-        return 0
     whole = m // block_size
     if rule != "listed":
         whole = min(whole, (int(positions.min()) + 1) // block_size)

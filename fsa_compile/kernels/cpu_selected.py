@@ -124,6 +124,11 @@ def passes(problem: Problem, t: int, width: int) -> Iterator[Pass]:
                 yield Pass(slice(b, b + batch), slice(h, h + heads), slice(i, i + queries))
 
 
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host reads this device's tensors without waiting for it."""
+    return device.type == "cpu"
+
+
 class Tiles:
     """The tiles of one pass, and where their keys, queries and partial results lie.
 
@@ -140,8 +145,16 @@ class Tiles:
         positions = positions.expand(-1, heads, -1).flatten(0, 1)
         average = n * t // problem.blocks
         self.problem = problem
-        self.rows = max(1, min(MATRIX_ROWS // problem.group, 1 << average.bit_length()))
-        self.plan = plan_tiles(listed.flatten(0, 1), positions, problem.block_size, problem.m, problem.rule, self.rows)
+        self.rows = max(1, min(MATRIX_ROWS // problem.group, 1 << average.bit_length() >> 1))
+        self.plan = plan_tiles(
+            listed.flatten(0, 1),
+            positions,
+            problem.block_size,
+            problem.m,
+            problem.rule,
+            self.rows,
+            exact=reads_freely(indices.device),
+        )
         self.positions = pad(positions.flatten(), (0, 1))
         head = self.plan.head % heads + piece.heads.start
         row = self.plan.head.div(heads, rounding_mode="floor") + piece.batch.start

@@ -139,6 +139,13 @@ def test_small_scratch_cuts_the_work_and_changes_nothing(name: str, monkeypatch:
         assert_right(p)
 
 
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_plans_for_devices_that_the_host_must_not_read(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_selected, "reads_freely", lambda device: False)
+    for n, m in ((37, 37), (21, 53), (1, 9)):
+        assert_right(problem("selected_attention", n=n, m=m, rule=rule))
+
+
 @pytest.mark.parametrize("deviation", [1, 16, 36, 64])
 @pytest.mark.parametrize("name", OPS)
 def test_large_logits_and_an_outlier_in_token_0(name: str, deviation: int) -> None:

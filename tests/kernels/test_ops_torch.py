@@ -161,13 +161,14 @@ def test_no_n_by_n_buffer(hot: bool) -> None:
     assert largest.elements <= n * n // 4
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_tiles_are_bounded_whatever_the_lists_are(rows: int) -> None:
+def test_tiles_are_bounded_whatever_the_lists_are(rows: int, exact: bool) -> None:
     heads, n, t, block_size = 2, 256, 4, 8
     positions = torch.arange(n)[None].expand(heads, -1)
     spread = torch.randint(0, n // block_size, (heads, n, t), generator=torch.Generator().manual_seed(0))
     for indices in (torch.zeros_like(spread), spread, torch.full_like(spread, -1)):
-        plan = plan_tiles(indices, positions, block_size, n, "causal", rows)
+        plan = plan_tiles(indices, positions, block_size, n, "causal", rows, exact)
         assert len(plan.block) <= heads * n * t // rows + heads * n // block_size
         entries = (plan.row < heads * n).nonzero()
         listed = {(int(plan.row[i, j]), int(plan.block[i])) for i, j in entries}
