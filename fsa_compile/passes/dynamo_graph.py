@@ -99,7 +99,8 @@ def source_of(n: Node) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', n.meta.get("stack_trace") or "")
     if not frames:
         return "?"
-    path, line = frames[-1]
+    own = [f for f in frames if not re.search(r"/(einops|einx|torch)/", f[0])]  # layout libraries are not the user's line
+    path, line = (own or frames)[-1]
     return f"{path.rsplit('/', 1)[-1]}:{line}"
 
 

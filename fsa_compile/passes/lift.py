@@ -358,7 +358,7 @@ def _cut(r: Reader, softmax: Node, anchor: _Anchor, raw: _Raw, replaceable: froz
                 continue
             pair = _head_layouts(r, ks, vs, (b, h, key), (bs, hq, length), raw, dv)
             if pair is None:
-                heads_wrong = heads_wrong or next((c for c in ks.coords if x.as_var(h) in c.free and c is not key), None)
+                heads_wrong = heads_wrong or _other_head_map(r, ks, (b, h, key), (bs, length), raw)
                 continue
             kv_heads, kl, vl, dk = pair
             for qs in queries:
@@ -386,7 +386,36 @@ def _cut(r: Reader, softmax: Node, anchor: _Anchor, raw: _Raw, replaceable: froz
     if not found:
         if heads_wrong is not None:
             raise Refusal(ReasonKind.HEAD_MAP, f"query head h reads key/value head {x.show(heads_wrong)}, which is not h // G")
-        raise Refusal(ReasonKind.OPERANDS, "the keys that the logits see and the values that are summed do not come from one place in one order")
+        raise _different_places(r, raw)
+
+
+def _other_head_map(
+    r: Reader, ks: Step, where: tuple[Expr, Expr, Expr], extent: tuple[Expr, Expr], raw: _Raw
+) -> Expr | None:
+    """The key/value head that the query head reads, if that is the only thing that does not fit."""
+    b, h, key = where
+    shape = r.shape(ks.node)
+    d = x.as_var(raw.d)
+    for c, size in zip(ks.coords, shape):
+        if c is not key and d is not None and x.as_var(h) in c.free and not any(t.op == "apply" for t in x.walk(c)):
+            if find_layout(ks.coords, shape, (b, c, key, raw.d), (extent[0], size, extent[1], d.args[1])) is not None:
+                return c
+    return None
+
+
+def _different_places(r: Reader, raw: _Raw) -> Refusal:
+    """Why no cut of K and V fits."""
+    deepest_k, deepest_v = r.chain(*raw.k)[-1], r.chain(*raw.v)[-1]
+    if op_name(deepest_k.node) in ("mul", "multiply") and deepest_v.node is not deepest_k.node:
+        gathered = any(t.op == "apply" for c in deepest_v.coords for t in x.walk(c))
+        if gathered:
+            return Refusal(
+                ReasonKind.GRADIENT,
+                "the gathered keys are multiplied by run-time factors before the logits; the op would drop them and their gradient",
+            )
+    return Refusal(
+        ReasonKind.OPERANDS, "the keys that the logits see and the values that are summed do not come from one place in one order"
+    )
 
 
 def _grouped_layout(anchor: _Anchor, targets: tuple[Expr, ...]) -> Layout | None:

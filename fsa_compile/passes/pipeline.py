@@ -21,7 +21,7 @@ from .profit import weigh
 from .prove import Prover
 from .reader import Reader
 from .refusal import Refusal
-from .rewrite import Rewriter
+from .rewrite import Emission, Rewriter
 from .shadow import Shadow, trace
 from .sites import SiteNodes, find_sites
 
@@ -66,47 +66,62 @@ def analyse_and_rewrite(gm: GraphModule, options: Options, *, name: str, rewrite
 def _one_body(gm: GraphModule, options: Options, name: str, rewrite: bool) -> GraphReport:
     nodes = sum(map(dg.is_call, gm.graph.nodes))
     clock = _Clock()
+    notes = _notes(gm)
     try:
-        sites, notes = _analyse(gm, options, rewrite, clock)
+        judged, reader = _analyse(gm, options, clock)
     except Exception as fault:
         if options.strict:
             raise
-        text = f"fsa_compile failed and left the graph as it was: {type(fault).__name__}: {fault}"
-        return GraphReport(name, nodes, notes=(text,), seconds=clock.seconds)
+        notes.append(f"fsa_compile failed and left the graph as it was: {type(fault).__name__}: {fault}")
+        return GraphReport(name, nodes, notes=tuple(notes), seconds=clock.seconds)
+    # From here on the graph changes; a fault that does not undo itself must reach the caller.
+    sites = _rewrite(gm, reader, judged, options) if rewrite and reader is not None else [j.site for j in judged]
+    clock.lap("rewrite")
     return GraphReport(name, nodes, tuple(sites), tuple(notes), clock.seconds)
 
 
-def _analyse(gm: GraphModule, options: Options, rewrite: bool, clock: _Clock) -> tuple[list[Site], list[str]]:
-    notes = _notes(gm)
+@dataclass(frozen=True)
+class _Judged:
+    """A site with its verdict; a match and its place only if it is to be rewritten."""
+
+    site: Site
+    match: Match | None = None
+    placement: Placement | None = None
+
+
+def _analyse(gm: GraphModule, options: Options, clock: _Clock) -> tuple[list[_Judged], Reader | None]:
     shadow = trace(gm)
     clock.lap("shadow")
     if shadow is None:
-        return [], notes
+        return [], None
     reader = Reader(shadow.graph_module)
     prover = Prover(reader, options.proof_seconds)
     candidates = [p for p in registered() if not _disabled(p.name, options)]
-    found: list[tuple[Site, Match | None, Placement | None]] = []
-    for nodes in find_sites(reader):
-        found.append(_judge(reader, shadow, nodes, candidates, prover, options))
-        clock.lap("lift and prove")
-    sites: list[Site] = []
+    judged = [_judge(reader, shadow, nodes, candidates, prover, options) for nodes in find_sites(reader)]
+    clock.lap("lift and prove")
+    return judged, reader
+
+
+def _rewrite(gm: GraphModule, reader: Reader, judged: Sequence[_Judged], options: Options) -> list[Site]:
     rewriter = Rewriter(reader, gm.graph)
-    for site, match, placement in found:
-        if match is not None and placement is not None and rewrite:
+    sites = []
+    for j in judged:
+        site = j.site
+        if j.match is not None and j.placement is not None:
             try:
-                rewriter.rewrite(match, placement)
-            except Refusal as refusal:
-                site = site.refuse(refusal.reason)
-            except Exception as fault:
-                if options.strict:
-                    raise
-                site = site.refuse(_internal(fault))
+                rewriter.rewrite(j.match, j.placement)
+            except Emission as fault:  # undone by the rewriter
+                if isinstance(fault.cause, Refusal):
+                    site = site.refuse(fault.cause.reason)
+                elif options.strict:
+                    raise fault.cause from None
+                else:
+                    site = site.refuse(_internal(fault.cause))
         sites.append(site)
     if rewriter.replaced:
         gm.graph.lint()
         gm.recompile()
-    clock.lap("rewrite")
-    return sites, notes
+    return sites
 
 
 def _disabled(name: str, options: Options) -> bool:
@@ -119,8 +134,8 @@ def _internal(fault: Exception) -> Reason:
 
 def _judge(
     r: Reader, shadow: Shadow, nodes: SiteNodes, candidates: Sequence[Pattern], prover: Prover, options: Options
-) -> tuple[Site, Match | None, Placement | None]:
-    """The verdict on one site; a match and its place only if it is to be rewritten."""
+) -> _Judged:
+    """The verdict on one site."""
     last = _dynamo_node(shadow, nodes.contraction)
     site = Site(
         role="unknown", verdict=Verdict.REFUSED, source=dg.source_of(last) if last is not None else "?",
@@ -132,17 +147,17 @@ def _judge(
         site = _with(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)
         if not match.pattern.rewrites:
             text = f"{match.pattern.name} attention: the inner compiler has it"
-            return _with(site, verdict=Verdict.LEFT, reason=Reason(ReasonKind.NOT_ATTENTION, text)), None, None
+            return _Judged(_with(site, verdict=Verdict.LEFT, reason=Reason(ReasonKind.NOT_ATTENTION, text)))
         placement = place(r, shadow, match)
         weigh(r, match, placement, always=options.profit == "always")
-        return _with(site, verdict=Verdict.REWRITTEN), match, placement
+        return _Judged(_with(site, verdict=Verdict.REWRITTEN), match, placement)
     except Refusal as refusal:
         reason = refusal.reason if refusal.reason.source else _with(refusal.reason, source=site.source)
-        return _with(site.refuse(reason), counterexample=refusal.counterexample), None, None
+        return _Judged(_with(site.refuse(reason), counterexample=refusal.counterexample))
     except Exception as fault:
         if options.strict:
             raise
-        return site.refuse(_internal(fault)), None, None
+        return _Judged(site.refuse(_internal(fault)))
 
 
 def _with(data: T, **changes: object) -> T:

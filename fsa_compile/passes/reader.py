@@ -178,6 +178,8 @@ class Reader:
         """For each top-k or sort whose indices were read: its node and axis, by name."""
         self.unread: dict[str, int] = {}
         """How often an op had no rule that applied."""
+        self.origins: dict[Expr, list[tuple[Node, Coords]]] = {}
+        """For each integer or truth that depends on data: the nodes that were read as it, outermost first."""
         self._memo: dict[tuple, Expr] = {}
         self._shapes: dict[Node, tuple[Expr, ...]] = {}
         self._handmade: dict[Node, tuple[Node, int] | None] = {}
@@ -223,6 +225,8 @@ class Reader:
         r = self._memo.get(key)
         if r is None:
             r = self._memo[key] = self._read(n, coords, mode)
+            if not is_real(n) and r.free:
+                self.origins.setdefault(r, []).insert(0, (n, coords))
         return r
 
     def _read(self, n: Node, coords: Coords, mode: Mode) -> Expr:

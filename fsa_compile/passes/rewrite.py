@@ -15,6 +15,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..registry.pattern import Tensors
+from ..report import ReasonKind
 from . import dynamo_graph as dg
 from . import expr as x
 from .classify import Match
@@ -24,9 +25,16 @@ from .legality import Placement
 from .profit import operand_dtype
 from .reader import Reader
 from .refusal import Refusal
-from ..report import ReasonKind
 
 _RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
+
+
+class Emission(Exception):
+    """A site could not be written down; the graph is as it was before. `cause` says why."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class Rewriter:
@@ -43,19 +51,19 @@ class Rewriter:
         self.replaced: dict[Node, Node] = {}
 
     def rewrite(self, match: Match, placement: Placement) -> None:
-        """Replaces one site; on any exception the graph is as before.
+        """Replaces one site.
 
         Raises:
-            Refusal: If a dynamic size is not at hand in the graph.
+            Emission: If the new nodes could not be made; they are gone again.
         """
         last = placement.output.prev
         try:
             with self.graph.inserting_before(placement.output):
                 new = self._emit(match, placement)
-        except BaseException:
+        except Exception as cause:
             while placement.output.prev is not last:
                 self.graph.erase_node(placement.output.prev)
-            raise
+            raise Emission(cause) from cause
         node = placement.output.prev
         while node is not last:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
@@ -106,42 +114,22 @@ class Rewriter:
 
     def _block_list(self, match: Match, placement: Placement, sizes: _SizeValues) -> Any:
         """The ``(b, hkv or hq, n, t)`` block numbers, -1 where a slot does not count."""
-        blocks, form = match.candidate.blocks, match.form
-        if blocks is None:
+        if placement.blocks is None:
             return None
-        heads = form.groups * form.kv_heads if blocks.per_query_head else form.kv_heads
-        h = x.var("kv", heads)
-        head = h if blocks.per_query_head else x.times(h, form.groups)
-        slot_var = x.as_var(blocks.slot)
-        slot_size = slot_var.args[1] if slot_var is not None else x.ONE
-        axes, extents, mapping = [], [], {}
-        for e, stand_in, size in (
-            (form.b, None, form.sizes[0]),
-            (form.h, head, x.integer(heads)),
-            (form.i, None, form.sizes[2]),
-            (blocks.slot, None, slot_size),
-        ):
-            v = x.as_var(e)
-            if stand_in is not None:
-                if v is not None:
-                    mapping[v] = stand_in
-                v = x.as_var(h)
-            axes.append(v if v is not None else x.as_var(x.var(f"unit{len(axes)}", 2)))
-            extents.append(sizes(size))
+        extents = [sizes(s) for s in placement.blocks.sizes]
+        device = dg.value(placement.q).device  # type: ignore[union-attr]
         evaluate = TensorEvaluator(
-            axes,
+            placement.blocks.axes,
             extents,
             tensor=lambda name: self._proxy(placement.data[name]),
-            shape=lambda name: self._data_shape(name),
+            shape=self._data_shape,
             size=sizes.symbol,
-            device=dg.value(placement.q).device,  # type: ignore[union-attr]
+            device=device,
             create=self._create,
         )
-        entry = x.substitute(blocks.entry, mapping)
-        valid = x.substitute(blocks.valid, mapping)
-        out = evaluate(x.select(valid, entry, x.integer(-1)))
+        out = evaluate(placement.blocks.entry)
         if isinstance(out, int):
-            out = self._create(torch.full, [1, 1, 1, 1], out, device=evaluate.device)
+            out = self._create(torch.full, [1, 1, 1, 1], out, device=device)
         return out.expand(extents)
 
     def _data_shape(self, name: str) -> Sequence[Expr]:

@@ -127,7 +127,9 @@ def trace(gm: GraphModule) -> Shadow | None:
             shadow = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*given)
         finally:
             torch.set_grad_enabled(grad)
-    results = next(n for n in shadow.graph.nodes if n.op == "output").args[0]
+    output = next(n for n in shadow.graph.nodes if n.op == "output")
+    results = output.args[0]
+    output.args = ((),)  # so that the users of a node are those of the model
     of = {n: s for (n, _), s in zip(recorder.made, results) if isinstance(s, Node)}
     standing: dict[Node, list[Node]] = {}
     for n, s in of.items():

@@ -69,7 +69,7 @@ class Sizes:
         bounds = self._env.bound_sympy(s)
         symbol = str(s)
         self.symbols[symbol] = s
-        self.hints[symbol] = int(self._env.size_hint(s) if hasattr(self._env, "size_hint") else s.xreplace(self._env.var_to_val))
+        self.hints[symbol] = int(s.xreplace(self._env.backed_var_to_val if hasattr(self._env, "backed_var_to_val") else self._env.var_to_val))
         return x.size_symbol(symbol, _bound(bounds.lower), _bound(bounds.upper))
 
     def _positive(self, s: Any) -> bool:
