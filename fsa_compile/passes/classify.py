@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ..report import Proof, ReasonKind
 from . import expr as x
 from .evaluate import DataDependent
 from .form_view import FormView
-from .lift import AttentionForm, lift
+from .lift import SAFE, AttentionForm, lift
 from .prove import Prover
 from .reader import Reader, op_name
 from .refusal import Refusal
@@ -74,11 +75,13 @@ def classify(
                         return Match(pattern, candidate, form, proofs + more, empty)
                     except Refusal as refusal:
                         refusals.append(refusal)
+            except Refusal as refusal:  # a pattern that knows better while proposing
+                refusals.append(refusal)
             except DataDependent as unknown:
                 refusals.append(Refusal(ReasonKind.RUNTIME_MASK, _run_time(r, unknown)))
         if prover.spent > prover.seconds:
             break
-    if not proposed and last is not None and last.data_dependent():
+    if not proposed and not refusals and last is not None and last.data_dependent():
         raise _unrecognised(r, last)
     if not refusals:
         raise Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
@@ -89,6 +92,7 @@ _RANK = {
     ReasonKind.EMPTY_ROWS: 5,
     ReasonKind.GRADIENT: 5,
     ReasonKind.DUPLICATES: 4,
+    ReasonKind.TOKEN_LEVEL: 4,
     ReasonKind.OPERANDS: 3,
     ReasonKind.MASK: 2,
     ReasonKind.RUNTIME_MASK: 2,
@@ -127,10 +131,10 @@ def _empty_rows(
     if proof is not None:
         return (proof,), None
     added_gradient = form.additive and needs_grad
-    if form.fills == {float("-inf")}:
-        if form.zero_rows and op_name(view.reader.nodes[form.softmax]) == "scaled_dot_product_attention":
-            return (), "zero"
-        if added_gradient:  # 0 * NaN: the gradient of such a row reaches q and k through the sum
+    minus_infinity = -math.inf in form.fills
+    if form.zero_rows or form.fills == {-math.inf}:
+        safe = op_name(view.reader.nodes[form.softmax]) in SAFE
+        if added_gradient and minus_infinity and not safe:  # 0 * NaN reaches q and k through the sum
             raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added -inf then gives NaN gradients that the op would drop")
         return (), "zero" if form.zero_rows else "nan"
     if len(form.fills) > 1:

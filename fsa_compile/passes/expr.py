@@ -443,6 +443,17 @@ def iff(a: Expr, b: Expr) -> Expr:
     return conj(implies(a, b), implies(b, a))
 
 
+def _by_condition(x: Expr, f: Callable[[Expr], Expr]) -> Expr | None:
+    """A comparison `f` of a polynomial with one conditional atom, taken into its branches if one of them settles it."""
+    conditional = [(a, k) for a, k in x.args[1] if a.op == "if_int"]
+    if len(conditional) != 1:
+        return None
+    ((atom, k),) = conditional
+    rest = minus(x, times(_poly(atom), k))
+    yes, no = (f(plus(rest, times(branch, k))) for branch in atom.args[1:])
+    return select(atom.args[0], yes, no) if {yes, no} & {TRUE, FALSE} else None
+
+
 def _nonnegative(x: Expr) -> Expr:
     if x.lo >= 0:
         return TRUE
@@ -454,6 +465,9 @@ def _nonnegative(x: Expr) -> Expr:
             return TRUE
         if top is not None and top.hi < 0:
             return FALSE
+    inside = _by_condition(x, _nonnegative)
+    if inside is not None:
+        return inside
     g = math.gcd(*(k for _, k in x.args[1]))
     if g > 1:
         x = _sum(x.args[0] // g, tuple((a, k // g) for a, k in x.args[1]))
@@ -465,6 +479,9 @@ def _is_zero(x: Expr) -> Expr:
         return FALSE
     if x.lo == 0 == x.hi:
         return TRUE
+    inside = _by_condition(x, _is_zero)
+    if inside is not None:
+        return inside
     g = math.gcd(*(k for _, k in x.args[1]))
     if x.args[0] % g:
         return FALSE

@@ -6,7 +6,7 @@ same values and gives the same gradients: operands exist and are not written in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ _EVALUABLE = frozenset(
 
 @dataclass(frozen=True)
 class ListTensor:
-    """A block list as an expression over the four axes of a tensor.
+    """A segment of a block list as an expression over the four axes of a tensor.
 
     Attributes:
         axes: The variables: batch, head, query, slot.
@@ -49,7 +49,7 @@ class Placement:
     Attributes:
         output: The node that the op's result replaces.
         q, k, v: The operands.
-        blocks: The block list, if the role has one.
+        blocks: The segments of the block list, if the role has one.
         data: For each shadow node that the block list reads: the Dynamo node that holds it.
     """
 
@@ -57,7 +57,7 @@ class Placement:
     q: Node
     k: Node
     v: Node
-    blocks: ListTensor | None
+    blocks: tuple[ListTensor, ...]
     data: dict[str, Node]
 
 
@@ -74,7 +74,7 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
 
     output = first(form.output)
     q, k, v = (first(o.node) for o in (form.q, form.k, form.v))
-    blocks = _list_tensor(r, shadow, match)
+    blocks = tuple(_list_tensors(r, shadow, match))
     data = {name: _holder(r, shadow, name) for name in sorted(_data_names(blocks))}
     order = {n: p for p, n in enumerate(output.graph.nodes)}
     for n in (q, k, v, *data.values()):
@@ -93,61 +93,83 @@ def needs_grad(shadow: Shadow, n: Node) -> bool:
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in values) if values else True
 
 
-def _list_tensor(r: Reader, shadow: Shadow, match: Match) -> ListTensor | None:
+def _list_tensors(r: Reader, shadow: Shadow, match: Match) -> Iterator[ListTensor]:
     """The block list over tensor axes, in terms of the user's own integer and truth tensors where they hold it."""
     blocks, form = match.candidate.blocks, match.form
     if blocks is None:
-        return None
+        return
     heads = form.groups * form.kv_heads if blocks.per_query_head else form.kv_heads
     head = x.var("list_head", heads) if heads > 1 else x.ZERO
-    slot = x.as_var(blocks.slot)
     h = x.as_var(form.h)
     mapping = {h: head if blocks.per_query_head else x.times(head, form.groups)} if h is not None else {}
-    entry = x.select(_with_origins(r, shadow, blocks.valid, mapping), _with_origins(r, shadow, blocks.entry, mapping), x.integer(-1))
-    axes = tuple(e if x.as_var(e) is not None else x.var(f"unit{k}", 2) for k, e in enumerate((form.b, head, form.i, blocks.slot)))
-    sizes = (form.sizes[0], x.integer(heads), form.sizes[2], slot.args[1] if slot is not None else x.ONE)
-    return ListTensor(tuple(e.args[1][0][0] for e in axes), sizes, entry)
+    held = _Held(r, shadow, {**blocks.index, **mapping})
+    for segment in blocks.segments:
+        valid, entry = (held.rewrite(e) for e in (segment.valid, segment.entry))
+        slot = x.as_var(segment.slot)
+        axes = [
+            x.as_var(e) or x.as_var(x.var(f"unit{k}", 2)) for k, e in enumerate((form.b, head, form.i, segment.slot))
+        ]
+        sizes = (form.sizes[0], x.integer(heads), form.sizes[2], slot.args[1] if slot is not None else x.ONE)
+        yield ListTensor(tuple(axes), sizes, x.select(valid, entry, x.integer(-1)))  # type: ignore[arg-type]
 
 
-def _with_origins(r: Reader, shadow: Shadow, e: Expr, mapping: dict[Expr, Expr]) -> Expr:
-    """`e` after `mapping`, with sub-expressions that a node of the model's own graph holds replaced by that node.
+class _Held:
+    """Integer and truth expressions in terms of the tensors of the model's own graph that hold them.
 
     This keeps the user's own list instead of computing it again, and finds it where its ingredients are gone because they
     were overwritten in place.
+
+    Args:
+        r: The reader, which remembers what each node was read as.
+        shadow: Which nodes the model's own graph has.
+        mapping: Substituted in everything: key index to slot, query head to list head.
     """
-    memo: dict[Expr, Expr] = {}
 
-    def go(t: object) -> object:
-        if isinstance(t, tuple):
-            return tuple(go(y) for y in t)
-        if not isinstance(t, Expr) or t.sort == x.REAL or t.op == "var":
-            return x.substitute(t, mapping) if isinstance(t, Expr) else t
-        if t not in memo:
-            held = _held(t if t.op != "apply" else x.poly(t))
-            memo[t] = held if held is not None else x.rebuild(t, go) if t.free else t
-        return memo[t]
+    def __init__(self, r: Reader, shadow: Shadow, mapping: dict[Expr, Expr]) -> None:
+        self.mapping = mapping
+        self.holders: dict[Expr, tuple[Node, tuple[Expr, ...]]] = {}
+        best: dict[Expr, int] = {}
+        for e, places in r.origins.items():
+            if not any(t.op in ("apply", "predicate", "compare") for t in x.walk(e)):
+                continue
+            moved = x.substitute(e, mapping)
+            for n, coords in places:
+                if n not in shadow.standing_for:
+                    continue
+                at = tuple(x.substitute(c, mapping) for c in coords)
+                if not set().union(*(c.free for c in at)) <= moved.free:
+                    continue
+                gathers = sum(x.as_var(c) is None and c is not x.ZERO for c in at)
+                if moved not in best or gathers < best[moved]:
+                    best[moved], self.holders[moved] = gathers, (n, at)
 
-    def _held(t: Expr) -> Expr | None:
-        if not any(y.op in ("apply", "predicate", "compare") for y in x.walk(t)):
-            return None
-        found = [
-            (n, tuple(x.substitute(c, mapping) for c in coords))
-            for n, coords in r.origins.get(t, ())
-            if n in shadow.standing_for
-        ]
-        for n, coords in sorted(found, key=lambda f: sum(x.as_var(c) is None and c is not x.ZERO for c in f[1])):
-            return x.predicate(n.name, coords) if t.sort == x.BOOL else x.apply(n.name, coords, t.lo, t.hi)
-        return None
+    def rewrite(self, e: Expr) -> Expr:
+        """`e` after the mapping, with its largest parts that a node holds replaced by an element of that node."""
+        memo: dict[Expr, Expr] = {}
 
-    out = go(e)
-    assert isinstance(out, Expr)
-    return out
+        def go(t: object) -> object:
+            if isinstance(t, tuple):
+                return tuple(go(y) for y in t)
+            if not isinstance(t, Expr) or t.sort == x.REAL or not t.free or t.op == "var":
+                return t
+            if t not in memo:
+                key = t if t.op == "sum" or t.sort == x.BOOL else x.poly(t)
+                if key in self.holders:
+                    n, at = self.holders[key]
+                    memo[t] = x.predicate(n.name, at) if t.sort == x.BOOL else x.apply(n.name, at, t.lo, t.hi)
+                else:
+                    memo[t] = x.rebuild(t, go)
+            return memo[t]
+
+        out = go(x.substitute(e, self.mapping))
+        assert isinstance(out, Expr)
+        return out
 
 
-def _data_names(blocks: ListTensor | None) -> set[str]:
+def _data_names(blocks: Iterable[ListTensor]) -> set[str]:
     """The shadow nodes that the block list reads."""
     names: set[str] = set()
-    for t in x.walk(blocks.entry) if blocks is not None else ():
+    for t in (t for segment in blocks for t in x.walk(segment.entry)):
         if t.op not in _EVALUABLE:
             raise Refusal(ReasonKind.MASK, f"the block list holds {t.op}, which the rewrite cannot compute")
         if t.op in ("apply", "predicate", "load", "softmax"):

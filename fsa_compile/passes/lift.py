@@ -13,6 +13,7 @@ view of the output. Each is a sound description of the same computation.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,12 +26,16 @@ from .expr import Expr
 from .layout import Layout, find_layout
 from .reader import Coords, Reader, Step, dtype, op_name
 from .refusal import Refusal
+from .smt import solve
 
 
 def negligible(dt: torch.dtype) -> float:
     """A finite fill at or below this counts as -inf: -1e9, or a tenth of finfo.min where that is less (float16)."""
     return max(-1e9, torch.finfo(dt).min / 10)
 
+
+SAFE = ("scaled_dot_product_attention", "_safe_softmax")
+"""Softmaxes that give zeros, not NaN, for a row of -inf."""
 
 INDEX_OPS = frozenset(
     "view reshape _unsafe_view permute transpose clone contiguous slice squeeze unsqueeze movedim alias unflatten "
@@ -73,7 +78,7 @@ class AttentionForm:
         keys: The length of K and V.
         kv_heads: The number of heads of K and V.
         q, k, v: The operands.
-        zero_rows: Whether a row that sees nothing gives zeros (SDPA, or nan_to_num behind the softmax).
+        zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num or a second mask behind the softmax).
     """
 
     softmax: str
@@ -224,7 +229,8 @@ def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
     factor, _, e = _strip(r.read(anchor.node, anchor.real))
     if e.op != "dot":
         raise Refusal(ReasonKind.NOT_ATTENTION, f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}")
-    stripped = [_strip(f) for f in e.args[1]]
+    kept, factors = _masked_after(e.args[1], softmax)
+    stripped = [_strip(f) for f in factors]
     position = next((k for k, (_, _, p) in enumerate(stripped) if p.op == "softmax" and p.args[0] == softmax.name), None)
     if position is None or len(stripped) != 2:
         raise Refusal(ReasonKind.NOT_ATTENTION, "the output is not the product of these probabilities and values")
@@ -233,11 +239,13 @@ def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
         raise Refusal(ReasonKind.LOGITS, f"the probabilities are multiplied by {factor * by:g}")
     value_node, value_coords = r.operands[e][1 - position]
     assert value_node is not None
-    coords, value_coords, j, width = _key_variable(r, softmax, e, probability.args[1], value_coords)
+    coords, value_coords, j, width, kept = _key_variable(r, softmax, e, probability.args[1], value_coords, kept)
     jv = x.as_var(j)
     assert jv is not None
     logit = r.logit(softmax, coords)
     visible, fills, additive, scale, product = _masked_product(logit, jv, negligible(dtype(softmax)))
+    if kept is not x.TRUE and solve([], x.iff(kept, visible), 200) is not None:
+        raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
     if len(product.args[0]) != 1:
         raise Refusal(ReasonKind.LOGITS, "the logits sum over several head dimensions")
     operands = r.operands[product]
@@ -255,13 +263,27 @@ def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
     return _Raw(
         coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(product.args[0][0]), width=width, visible=visible, fills=fills,
         additive=additive, scale=scale, q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
-        zero_rows=zeroed or op_name(softmax) in ("scaled_dot_product_attention", "_safe_softmax"),
+        zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
     )  # fmt: skip
 
 
+def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:
+    """Probabilities set to zero behind the softmax: when they are kept, and the factors without that."""
+    kept, out = x.TRUE, []
+    for f in factors:
+        leaves = list(x.cases(f))
+        alive = [(g, t) for g, t in leaves if t is not x.real(0)]
+        values = {t for _, t in alive}
+        if len(leaves) > 1 and len(values) == 1 and _strip(next(iter(values)))[2].op == "softmax":
+            kept = x.disj(*(g for g, _ in alive))
+            f = values.pop()
+        out.append(f)
+    return kept, out
+
+
 def _key_variable(
-    r: Reader, softmax: Node, e: Expr, coords: Coords, value_coords: Coords
-) -> tuple[Coords, Coords, Expr, Expr]:
+    r: Reader, softmax: Node, e: Expr, coords: Coords, value_coords: Coords, kept: Expr
+) -> tuple[Coords, Coords, Expr, Expr, Expr]:
     """The variable that the output sums over, which must be the axis of the softmax.
 
     Gathered spellings may flatten (slot, offset) for the softmax and sum over both: those become one mixed-radix key.
@@ -286,12 +308,13 @@ def _key_variable(
             raise Refusal(ReasonKind.SOFTMAX_AXIS, "the output sums over a part of what the softmax normalises")
         coords = tuple(x.substitute(c, mapping) for c in coords)
         value_coords = tuple(x.substitute(c, mapping) for c in value_coords)
+        kept = x.substitute(kept, mapping)
     jv = x.as_var(j)
     if coords[axis] is not j or jv is None or jv.args[1] is not width:
         raise Refusal(ReasonKind.SOFTMAX_AXIS, "the softmax does not run over the axis that the output sums over")
     if any(jv in c.free for k, c in enumerate(coords) if k != axis):
         raise Refusal(ReasonKind.SOFTMAX_AXIS, "the key stands on another axis than the softmax normalises")
-    return coords, value_coords, j, width
+    return coords, value_coords, j, width, kept
 
 
 def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, frozenset[float], bool, float, Expr]:

@@ -63,6 +63,7 @@ MoveRule = Callable[["Reader", Node, Coords], "Move | None"]
 ValueRule = Callable[["Reader", Node, Coords, Mode], "Expr | None"]
 CASTS = ("_to_copy", "to", "type_as")
 """Ops that may change the dtype: a move for an operand (the rewrite repeats the cast), a value rule otherwise."""
+SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
 MOVES: dict[str, MoveRule] = {}
 VALUES: dict[str, ValueRule] = {}
 
@@ -308,7 +309,19 @@ class Reader:
         name = op_name(n)
         if name in ("mul", "div"):
             return self.handmade_softmax(n) is not None or _constant_factor(n) is not None
-        return name in ("softmax", "_softmax", "_safe_softmax", "nan_to_num", "getitem")
+        if name in ("masked_fill", "where"):
+            source = n.args[0] if name == "masked_fill" else n.args[1]
+            return is_tensor(source) and self.is_probability(source)
+        return name in (*SOFTMAXES, "nan_to_num", "getitem")
+
+    def is_probability(self, n: Node) -> bool:
+        """Whether a node holds the result of a softmax, moved or masked."""
+        name = op_name(n)
+        if name in SOFTMAXES or name == "div" and self.handmade_softmax(n) is not None:
+            return True
+        through = name in MOVES or name in ("nan_to_num", "masked_fill", "where")
+        source = n.args[1 if name == "where" else 0] if through else None
+        return is_tensor(source) and self.is_probability(source)
 
     def chain(self, n: Node, coords: Coords) -> list[Step]:
         """The same element at every depth: along single-source moves and constant factors, shallowest first."""
@@ -323,9 +336,31 @@ class Reader:
             else:
                 step = self.move(n, coords, Mode.OPERAND)
                 if step is None:
-                    return out
+                    return out + self._joined(n, coords, guard, factor)
                 n, coords, guard = step.source, step.coords, x.conj(guard, step.guard)
             out.append(Step(n, coords, guard, factor))
+
+    def _joined(self, n: Node, coords: Coords, guard: Expr, factor: float) -> list[Step]:
+        """Below a concatenation whose parts come from one tensor: that tensor, at coordinates that depend on the part.
+
+        A look-back chunk is the previous chunk and this one; parts of zeros are padding.
+        """
+        if op_name(n) not in ("cat", "concat"):
+            return []
+        from .rules.membership import parts_of
+
+        merged: dict[Node, Step] | None = None
+        for condition, part, inside in reversed(parts_of(self, n, coords)):
+            if self.read(part, inside, Mode.FORMULA) is x.real(0):
+                below: dict[Node, Step] = {}
+            else:
+                below = {s.node: s for s in self.chain(part, inside)}
+                if merged is not None and any(merged.values()):
+                    below = {k: s for k, s in below.items() if k in merged and merged[k].factor == s.factor}
+                if not below:
+                    return []
+            merged = _either(condition, below, merged)
+        return [Step(s.node, s.coords, x.conj(guard, s.guard), factor * s.factor) for s in (merged or {}).values()]
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
@@ -359,6 +394,25 @@ class Reader:
         e = x.dot(bound, [f for _, _, f in factors])
         self.operands[e] = tuple((n, c) for n, c, _ in factors)
         return e
+
+
+def _either(condition: Expr, a: dict[Node, Step], b: dict[Node, Step] | None) -> dict[Node, Step]:
+    """The steps `a` where the condition holds and `b` otherwise; an empty side is padding."""
+    if b is None:
+        return a
+    if not a:
+        return {k: Step(s.node, s.coords, x.conj(x.negate(condition), s.guard), s.factor) for k, s in b.items()}
+    if not b:
+        return {k: Step(s.node, s.coords, x.conj(condition, s.guard), s.factor) for k, s in a.items()}
+    return {
+        k: Step(
+            s.node,
+            tuple(x.select(condition, p, q) for p, q in zip(s.coords, b[k].coords)),
+            x.select(condition, s.guard, b[k].guard),
+            s.factor,
+        )
+        for k, s in a.items()
+    }
 
 
 def _constant_factor(n: Node) -> tuple[Node, float] | None:

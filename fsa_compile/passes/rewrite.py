@@ -21,7 +21,7 @@ from . import expr as x
 from .classify import Match
 from .evaluate import TensorEvaluator
 from .expr import Expr
-from .legality import Placement
+from .legality import ListTensor, Placement
 from .profit import operand_dtype
 from .reader import Reader
 from .refusal import Refusal
@@ -99,7 +99,7 @@ class Rewriter:
             k=canonical(placement.k, form.k, (b, hkv, m, dk)),
             v=canonical(placement.v, form.v, (b, hkv, m, dv)),
             scale=form.scale,
-            indices=self._block_list(match, placement, sizes),
+            indices=self._block_list(placement, sizes),
         )
         result = match.pattern.build(match.candidate, tensors)
         out, lse = (result[0], result[1]) if match.pattern.returns_lse else (result, None)
@@ -112,14 +112,18 @@ class Rewriter:
         out = form.output_layout.from_canonical(out, shape)
         return out.node
 
-    def _block_list(self, match: Match, placement: Placement, sizes: _SizeValues) -> Any:
+    def _block_list(self, placement: Placement, sizes: _SizeValues) -> Any:
         """The ``(b, hkv or hq, n, t)`` block numbers, -1 where a slot does not count."""
-        if placement.blocks is None:
+        segments = [self._segment(segment, placement, sizes) for segment in placement.blocks]
+        if not segments:
             return None
-        extents = [sizes(s) for s in placement.blocks.sizes]
+        return segments[0] if len(segments) == 1 else self._create(torch.cat, segments, dim=-1)
+
+    def _segment(self, segment: ListTensor, placement: Placement, sizes: _SizeValues) -> Any:
+        extents = [sizes(s) for s in segment.sizes]
         device = dg.value(placement.q).device  # type: ignore[union-attr]
         evaluate = TensorEvaluator(
-            placement.blocks.axes,
+            segment.axes,
             extents,
             tensor=lambda name: self._proxy(placement.data[name]),
             shape=self._data_shape,
@@ -127,7 +131,7 @@ class Rewriter:
             device=device,
             create=self._create,
         )
-        out = evaluate(placement.blocks.entry)
+        out = evaluate(segment.entry)
         if isinstance(out, int):
             out = self._create(torch.full, [1, 1, 1, 1], out, device=device)
         return out.expand(extents)

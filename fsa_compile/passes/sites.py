@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .reader import Reader, argument, is_real, is_tensor, op_name
+from .reader import SOFTMAXES, Reader, argument, is_real, is_tensor, op_name
 
-SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 _TRANSPARENT = frozenset(
     "view reshape _unsafe_view permute transpose clone contiguous squeeze unsqueeze alias _to_copy to dropout "

@@ -78,8 +78,9 @@ def slot_and_offset(view: FormView, block_size: int, tag: str = "") -> tuple[Exp
     form = view.form
     jv = x.as_var(form.j)
     assert jv is not None
-    slot = x.var(f"slot{tag}", x.floordiv(form.width, block_size))
-    offset = x.var(f"offset{tag}", block_size)
+    slots = x.floordiv(form.width, block_size)
+    slot = x.var(f"slot{tag}", slots) if slots is not x.ONE else x.ZERO
+    offset = x.var(f"offset{tag}", block_size) if block_size > 1 else x.ZERO
     return slot, offset, {jv: x.plus(x.times(slot, block_size), offset)}
 
 
@@ -99,18 +100,23 @@ def _gathered(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Pro
         ReasonKind.OPERANDS, "a visible key lies outside the keys", "visible keys are real",
         x.conj(x.in_range(key1, form.keys), x.substitute(form.guard, m1)), given=seen1, **extra,
     )  # fmt: skip
-    here = {x.as_var(blocks.slot): s1}
-    entry, valid = (x.substitute(e, here) for e in (blocks.entry, blocks.valid))  # type: ignore[arg-type]
+    (segment,) = blocks.segments
+    here = {x.as_var(segment.slot): s1} if x.as_var(segment.slot) is not None else {}
+    entry, valid = (x.substitute(e, here) for e in (segment.entry, segment.valid))  # type: ignore[arg-type]
+    position = x.plus(x.times(entry, blocks.block_size), r1)
+    placed = prover.require(
+        ReasonKind.OPERANDS, "a visible key does not stand where the list says", "visible keys stand where the list says",
+        x.equal(key1, position), given=seen1, **extra,
+    )  # fmt: skip
     sound = prover.require(
         ReasonKind.MASK, f"the mask is not {candidate}", "visible keys are listed and in the rule",
         x.conj(valid, blocks.order(key1)), given=seen1, **extra,
     )  # fmt: skip
-    position = x.plus(x.times(entry, blocks.block_size), r1)
     complete = prover.require(
         ReasonKind.MASK, f"the mask is not {candidate}", "listed keys in the rule are visible",
         seen1, given=x.conj(valid, x.in_range(position, form.keys), blocks.order(position)), **extra,
     )  # fmt: skip
-    return once, real, sound, complete
+    return once, real, placed, sound, complete
 
 
 def prove_no_empty_row(view: FormView, candidate: Candidate, prover: Prover) -> Proof | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from ..passes.evaluate import DataDependent, at_point
 from ..passes.expr import Expr
 from ..passes.facts import order_facts
 from ..passes.form_view import FormView
+from ..passes.refusal import Refusal
 from ..passes.visibility import slot_and_offset
 from ..report import Reason, ReasonKind
-from .pattern import BlockList, Candidate, Pattern, Tensors
+from .pattern import BlockList, Candidate, Pattern, Segment, Tensors
 
 
 def first_true(n: int, holds: Any) -> int | None:
@@ -139,55 +140,62 @@ class Selected(Pattern):
             yield from self._from_gather(form)
 
     def _from_mask(self, form: FormView) -> Iterator[Candidate]:
-        jv = x.as_var(form.form.j)
-        found = {t for t in x.walk(form.form.visible) if t.op == "exists" and jv in t.free}
-        if len(found) != 1:
+        """Memberships in lists, alone or joined with single blocks such as the query's own."""
+        lists, singles = _memberships(form)
+        if not lists:
             return
-        (membership,) = found
-        slot, body = membership.args
-        valid = x.TRUE
-        if body.op == "and":  # conditions on the slot beside the equality: entries that do not count
-            conditions = [c for c in body.args if jv not in c.free]
-            equations = [c for c in body.args if jv in c.free]
-            if len(equations) != 1:
-                return
-            body, valid = equations[0], x.conj(*conditions)
-        if body.op != "eq":
+        sizes = {size for _, size in lists}
+        if len(sizes) != 1:
             return
-        split = _list_and_block(body.args[0], jv, slot, form)
-        if split is None:
-            return
-        entry, block_size = split
-        yield from self._candidates(form, entry, valid, x.poly(slot), block_size)
+        (block_size,) = sizes
+        if block_size == 1:
+            raise Refusal(ReasonKind.TOKEN_LEVEL, "the top-k picks single tokens, not blocks of keys")
+        segments = tuple(s for s, _ in lists)
+        joined = tuple(s for s, size in singles if size == block_size)
+        for parts in (segments, (*segments, *joined)) if joined else (segments,):
+            yield from self._candidates(form, parts, block_size, {})
 
     def _from_gather(self, form: FormView) -> Iterator[Candidate]:
-        key, width = form.form.key, x.constant(form.form.width)
-        data = [(t, k) for t, k in key.args[1] if any(y.op == "apply" for y in x.walk(t))]
-        if len(data) != 1 or width is None:
-            return
-        atom, block_size = data[0]
-        if block_size < 1 or width % block_size:
-            return
-        slot, offset, mapping = slot_and_offset(form, block_size)
-        entry = x.substitute(x.poly(atom), mapping)
-        if x.plus(x.times(entry, block_size), offset) is not x.substitute(key, mapping):
-            return
-        seen = x.substitute(form.form.visible, mapping)
-        at_first = x.substitute(seen, {x.as_var(offset): x.ZERO}) if x.as_var(offset) else seen
-        yield from self._candidates(form, entry, x.TRUE, slot, block_size)
-        if at_first is not x.TRUE:
-            yield from self._candidates(form, entry, at_first, slot, block_size)
+        """``key = block_size * list[slot] + offset``, perhaps clamped into range where it is masked."""
+        width = x.constant(form.form.width)
+        single_tokens = False
+        for key in (form.form.key, *_branches(form.form.key)):
+            data = [(t, k) for t, k in key.args[1] if any(y.op == "apply" for y in x.walk(t))]
+            if len(data) != 1 or width is None:
+                continue
+            atom, block_size = data[0]
+            if block_size < 1 or width % block_size:
+                continue
+            slot, offset, mapping = slot_and_offset(form, block_size)
+            entry = x.substitute(x.poly(atom), mapping)
+            if x.plus(x.times(entry, block_size), offset) is not x.substitute(key, mapping):
+                continue
+            if block_size == 1:
+                single_tokens = True
+                continue
+            seen = x.substitute(form.form.visible, mapping)
+            at_first = x.substitute(seen, {x.as_var(offset): x.ZERO})  # type: ignore[dict-item]
+            yield from self._candidates(form, (Segment(entry, x.TRUE, slot),), block_size, mapping)
+            if at_first is not x.TRUE:
+                yield from self._candidates(form, (Segment(entry, at_first, slot),), block_size, mapping)
+        if single_tokens:
+            raise Refusal(ReasonKind.TOKEN_LEVEL, "the top-k picks single tokens, not blocks of keys")
 
-    def _candidates(self, form: FormView, entry: Expr, valid: Expr, slot: Expr, block_size: int) -> Iterator[Candidate]:
+    def _candidates(
+        self, form: FormView, segments: tuple[Segment, ...], block_size: int, index: Mapping[Expr, Expr]
+    ) -> Iterator[Candidate]:
         """One candidate per causal rule, for a list of blocks."""
         i, heads = form.query, form.form
+        parts = [e for s in segments for e in (s.entry, s.valid)]
+        if x.as_var(i) is not None and not any(x.as_var(i) in e.free for e in parts):
+            raise Refusal(ReasonKind.MASK, "one selection serves all queries: that is not selected attention")
         own = x.floordiv(i, block_size)
-        facts, picks = order_facts(form.reader, [entry, valid], own)
+        facts, picks = order_facts(form.reader, parts, own)
         head = x.as_var(heads.h)
         shared = heads.groups == 1 or head is None
         if not shared:
             first = {head: x.times(x.floordiv(heads.h, heads.groups), heads.groups)}
-            shared = all(x.substitute(e, first) is e for e in (entry, valid))
+            shared = all(x.substitute(e, first) is e for e in parts)
 
         def causal(p: Expr) -> Expr:
             return form.causal(p)
@@ -199,7 +207,8 @@ class Selected(Pattern):
             return x.implies(x.equal(x.floordiv(p, block_size), own), form.causal(p))
 
         def listed(p: Expr) -> Expr:
-            return x.exists(slot, x.conj(valid, x.equal(entry, x.floordiv(p, block_size))))
+            block = x.floordiv(p, block_size)
+            return x.disj(*(_exists(s.slot, x.conj(s.valid, x.equal(s.entry, block))) for s in segments))
 
         inside = x.mod(i, block_size)
         if form.dense:
@@ -207,24 +216,18 @@ class Selected(Pattern):
         else:
             last = x.minus(form.form.width, block_size)
             witnesses = (*(x.plus(x.times(w, block_size), inside) for _, w in picks), x.ZERO, x.plus(last, inside))
-        slots = x.as_var(slot)
         parameters = {
             "block_size": block_size,
-            "top_k": form.reader.sizes.hint(slots.args[1]) if slots is not None else 1,
+            "top_k": sum(form.reader.sizes.hint(slots(s)) for s in segments),
             "per": "kv head" if shared else "query head",
         }
         for rule, order in (("causal", causal), ("listed", listed_only), ("diagonal", diagonal)):
             yield Candidate(
                 "selected", {**parameters, "rule": rule},
                 visible=lambda p, order=order: x.conj(listed(p), order(p)),
-                blocks=BlockList(entry, valid, slot, block_size, order, not shared),
+                blocks=BlockList(segments, block_size, order, not shared, index),
                 witnesses=witnesses, terms=(x.ZERO, *(w for _, w in picks)), facts=tuple(facts),
             )  # fmt: skip
-
-    def supports(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
-        if candidate.parameters["block_size"] == 1:
-            return Reason(ReasonKind.TOKEN_LEVEL, "the top-k picks single tokens, not blocks of keys")
-        return None
 
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         p, n = candidate.parameters, form.keys
@@ -238,10 +241,69 @@ class Selected(Pattern):
         return torch.ops.fsa.selected_attention(t.q, t.k, t.v, t.indices, p["block_size"], t.scale, p["rule"], 0)
 
 
-def _list_and_block(equation: Expr, jv: Expr | None, slot: Expr, form: FormView) -> tuple[Expr, int] | None:
+def slots(segment: Segment) -> Expr:
+    """How many slots a segment has."""
+    v = x.as_var(segment.slot)
+    return v.args[1] if v is not None else x.ONE
+
+
+def _exists(slot: Expr, body: Expr) -> Expr:
+    return x.exists(slot, body) if x.as_var(slot) is not None else body
+
+
+def _branches(e: Expr) -> tuple[Expr, ...]:
+    """The values that a conditional takes; a clamp is one."""
+    a = x.as_atom(e)
+    if a is None or a.op != "if_int":
+        return ()
+    return tuple(leaf for branch in a.args[1:] for leaf in (branch, *_branches(branch)))
+
+
+Sized = tuple[Segment, int]
+
+
+def _memberships(form: FormView) -> tuple[list[Sized], list[Sized]]:
+    """The lists that the mask asks for the key's block, and single blocks that it is compared with; each with its block size."""
+    jv = x.as_var(form.form.j)
+    lists: list[Sized] = []
+    singles: list[Sized] = []
+    seen: set[Expr] = set()
+    todo = [form.form.visible]
+    while todo:
+        t = todo.pop()
+        if t in seen or jv not in t.free:
+            continue
+        seen.add(t)
+        if t.op == "exists":
+            found = _membership(t, jv, form)
+            if found is not None:
+                lists.append(found)
+        elif t.op == "eq":
+            split = _list_and_block(t.args[0], jv, None, form)
+            if split is not None and split[1] > 1:
+                singles.append((Segment(split[0], x.TRUE, x.ZERO), split[1]))
+        elif t.sort == x.BOOL:
+            todo.extend(c for c in x.children(t) if c.sort == x.BOOL)
+    return lists, singles
+
+
+def _membership(t: Expr, jv: Expr | None, form: FormView) -> Sized | None:
+    slot, body = t.args
+    valid = x.TRUE
+    if body.op == "and":  # conditions on the slot beside the equality: entries that do not count
+        equations = [c for c in body.args if jv in c.free]
+        valid = x.conj(*(c for c in body.args if jv not in c.free))
+        if len(equations) != 1:
+            return None
+        body = equations[0]
+    split = _list_and_block(body.args[0], jv, slot, form) if body.op == "eq" else None
+    return None if split is None else (Segment(split[0], valid, x.poly(slot)), split[1])
+
+
+def _list_and_block(equation: Expr, jv: Expr | None, slot: Expr | None, form: FormView) -> tuple[Expr, int] | None:
     """``list[slot] - block(j) == 0`` taken apart: the list entry, and after how many keys the block number steps."""
     moving = [(t, k) for t, k in equation.args[1] if jv in t.free]
-    if any(slot in t.free for t, _ in moving) or abs(moving[0][1]) != 1:
+    if any(slot in t.free for t, _ in moving) or abs(moving[0][1]) != 1:  # the list must not depend on the key
         return None
     element = x.ZERO
     for t, k in moving:

@@ -22,24 +22,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BlockList:
-    """A per-query list of key blocks, as data that the rewrite materialises for the op.
+class Segment:
+    """A run of slots of a block list.
 
     Attributes:
         entry: The block number in a slot.
         valid: When the slot counts; the op gets -1 otherwise.
-        slot: The slot variable.
-        block_size: Keys per block.
-        order: From a key position in a listed block to when the query sees it.
-        per_query_head: Whether each query head has its own list (otherwise one per key/value head).
+        slot: The slot variable, or the constant zero for a single slot.
     """
 
     entry: Expr
     valid: Expr
     slot: Expr
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A per-query list of key blocks, as data that the rewrite materialises for the op.
+
+    Attributes:
+        segments: The parts of the list: one top-k, or several lists whose union is meant.
+        block_size: Keys per block.
+        order: From a key position in a listed block to when the query sees it.
+        per_query_head: Whether each query head has its own list (otherwise one per key/value head).
+        index: What the form's key index j is in terms of slots, where the spelling gathers keys.
+    """
+
+    segments: tuple[Segment, ...]
     block_size: int
     order: Callable[[Expr], Expr]
     per_query_head: bool
+    index: Mapping[Expr, Expr]
 
 
 @dataclass(frozen=True)

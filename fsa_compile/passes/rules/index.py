@@ -139,24 +139,25 @@ def _select(r: Reader, n: Node, c: Coords) -> Move | None:
     return Move(source, (*c[:d], i, *c[d:]))
 
 
+def slice_start(r: Reader, start: object, size: Expr) -> Expr | None:
+    """Where a slice begins: a negative start counts from the end, and none is before the beginning."""
+    s = x.ZERO if start is None else r.scalar(start)
+    if s is None or s.lo >= 0:
+        return s
+    if x.constant(s) is None:
+        return None
+    s = x.plus(s, size)
+    if s.lo >= 0:
+        return s
+    return x.ZERO if x.constant(s) is not None else None
+
+
 @moves("slice")
 def _slice(r: Reader, n: Node, c: Coords) -> Move | None:
     source = n.args[0]
-    d = axis(argument(n, 1, "dim", 0), rank(source))
-    start, step = argument(n, 2, "start"), argument(n, 4, "step", 1)
-    s = x.ZERO if start is None else r.scalar(start)
-    if s is None or not isinstance(step, int):
-        return None
-    size = r.shape(source)[d]
-    if x.constant(s) is not None and s.lo < 0:
-        s = x.plus(s, size)
-        if s.lo < 0:  # a start before the beginning is clamped to it
-            if x.constant(s) is None:
-                return None
-            s = x.ZERO
-    elif s.lo < 0:
-        return None
-    return Move(source, at(c, d, x.plus(x.times(c[d], step), s)))
+    d, step = axis(argument(n, 1, "dim", 0), rank(source)), argument(n, 4, "step", 1)
+    s = slice_start(r, argument(n, 2, "start"), r.shape(source)[d])
+    return Move(source, at(c, d, x.plus(x.times(c[d], step), s))) if s is not None and isinstance(step, int) else None
 
 
 @moves("narrow")

@@ -8,7 +8,7 @@ from torch.fx import Node
 from .. import expr as x
 from ..expr import Expr
 from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_tensor, literal, op_name, rank, values
-from .index import at, nonempty, r_axis, wrap
+from .index import at, nonempty, r_axis, slice_start, wrap
 
 
 def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
@@ -45,6 +45,37 @@ def _scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.select(hit, new, r.read(source, c, m))
 
 
+@values("slice_scatter")
+def _slice_scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """``t[start:end:step] = part``."""
+    source, part = n.args[:2]
+    d, step = axis(argument(n, 2, "dim", 0), rank(source)), argument(n, 5, "step", 1)
+    start = slice_start(r, argument(n, 3, "start"), r.shape(source)[d])
+    if start is None or not isinstance(step, int):
+        return None
+    behind = x.minus(c[d], start)
+    inside = x.floordiv(behind, step)
+    hit = x.conj(x.in_range(inside, r.shape(part)[d]), x.equal(x.mod(behind, step), x.ZERO))
+    return x.select(hit, r.coerce(n, r.read(part, at(c, d, inside), m)), r.read(source, c, m))
+
+
+@values("select_scatter")
+def _select_scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """``t[:, k] = part``."""
+    source, part, d, k = n.args[:4]
+    d = axis(d, rank(source))
+    index = slice_start(r, k, r.shape(source)[d])
+    if index is None:
+        return None
+    new = r.coerce(n, r.read(part, c[:d] + c[d + 1 :], m))
+    return x.select(x.equal(c[d], index), new, r.read(source, c, m))
+
+
+@values("copy")
+def _copy(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return r.coerce(n, r.operand(n, n.args[1], c, m)) if is_tensor(n.args[1]) else None
+
+
 @values("one_hot")
 def _one_hot(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.select(x.equal(r.read(n.args[0], c[:-1]), c[-1]), x.ONE, x.ZERO)
@@ -58,7 +89,7 @@ def _index_put(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         return None
     given = [(k, i) for k, i in enumerate(indices) if i is not None]
     if any(i.meta["val"].dtype == torch.bool for _, i in given):
-        return None
+        return _masked_assignment(r, n, c, m, given)
     shape = torch.broadcast_shapes(*(i.meta["val"].shape for _, i in given))
     slots = tuple(x.var(f"{n.name}.slot{k}", r.sizes.of(s)) if s != 1 else x.ZERO for k, s in enumerate(shape))
     if rank(value) > 0 and any(s is not x.ONE for s in r.shape(value)):
@@ -79,6 +110,16 @@ def _index_put(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.select(body, new, r.read(source, c, m))
 
 
+def _masked_assignment(r: Reader, n: Node, c: Coords, m: Mode, given: list[tuple[int, Node]]) -> Expr | None:
+    """``t[mask] = constant``."""
+    source, _, value = n.args[:3]
+    if len(given) != 1 or any(s is not x.ONE for s in r.shape(value)):
+        return None
+    ((k, mask),) = given
+    hit = r.read(mask, c[k : k + rank(mask)])
+    return x.select(hit, r.coerce(n, r.read(value, (x.ZERO,) * rank(value), m)), r.read(source, c, m))
+
+
 @values("isin")
 def _isin(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     elements, pool = n.args[:2]
@@ -89,17 +130,23 @@ def _isin(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.exists(v, x.equal(a, b)) if a.sort == b.sort == x.INT else None
 
 
+def parts_of(r: Reader, n: Node, c: Coords) -> list[tuple[Expr, Node, Coords]]:
+    """The parts of a concatenation: when the element lies before the end of the part, the part, and where in it."""
+    d = axis(argument(n, 1, "dim", 0), rank(n))
+    out, start = [], x.ZERO
+    for t in nonempty(r, n.args[0]):
+        end = x.plus(start, r.shape(t)[d])
+        out.append((x.less(c[d], end), t, at(c, d, x.minus(c[d], start))))
+        start = end
+    return out
+
+
 @values("cat", "concat")
 def _cat(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    d = axis(argument(n, 1, "dim", 0), rank(n))
-    parts = nonempty(r, n.args[0])
-    ends = [x.ZERO]
-    for t in parts:
-        ends.append(x.plus(ends[-1], r.shape(t)[d]))
     out: Expr | None = None
-    for t, start, end in reversed(list(zip(parts, ends, ends[1:]))):
-        e = r.coerce(n, r.read(t, at(c, d, x.minus(c[d], start)), m))
-        out = e if out is None else x.select(x.less(c[d], end), e, out)
+    for before_end, t, q in reversed(parts_of(r, n, c)):
+        e = r.coerce(n, r.read(t, q, m))
+        out = e if out is None else x.select(before_end, e, out)
     return out
 
 
