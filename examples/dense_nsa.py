@@ -7,7 +7,7 @@ gates per head and token add them up.
 Nothing here knows about fsa_compile. Run it to see eager against ``torch.compile(model, backend="fsa")``::
 
     python examples/dense_nsa.py                  # small
-    python examples/dense_nsa.py --length 8192    # eager needs about 12 GB here
+    python examples/dense_nsa.py --length 8192    # eager peaks at 10 GB here
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compressed branches: the user's own compression, then attention whose query sees a key once its last token is past.
 
-Early queries see no compressed key. Users answer that in different ways: `nan_to_num`, probabilities set to 0, the output set to 0,
-SDPA (which gives 0), or learned memory tokens in front.
+Early queries see no compressed key. Users answer that in different ways: `nan_to_num`, probabilities set to 0, the output set
+to 0, SDPA (which gives 0), or learned memory tokens in front.
 """
 
 from __future__ import annotations
