@@ -211,8 +211,8 @@ def test_strides():
     check(q, k, v, torch.ones(1, 1, 1, 1).expand_as(dout), None, indices, 16)
 
 
-def test_slices_and_regions_change_nothing(monkeypatch, deterministic):
-    """Tiny memory budgets: many regions, many slices, the last one short, and items of several tiles."""
+def test_slices_and_ranges_of_lanes_change_nothing(monkeypatch, deterministic):
+    """Tiny memory budgets: several plans, several ranges of lanes and slices each, the last one short, and items of several tiles."""
     q, k, v, dout, dlse, g = draw(13, b=2, hq=4, hkv=2, n=50)
     indices = random_lists(g, 2, 2, 50, 3, blocks=4)
     whole = check(q, k, v, dout, dlse, indices, 16)
@@ -221,11 +221,11 @@ def test_slices_and_regions_change_nothing(monkeypatch, deterministic):
     for module in (selected_forward, selected_backward):
         monkeypatch.setattr(module, "build_plan", lambda *args: made.append(build(*args)) or made[-1])
         monkeypatch.setattr(module, "PARTIAL_BYTES", 4096)
-    monkeypatch.setattr(selected_forward.forward_slice_length, "__defaults__", (4096,))
+        monkeypatch.setattr(module, "PLAN_BYTES", 6000)
     monkeypatch.setattr(selected_backward, "DQ_BYTES", 4096)
     monkeypatch.setattr(selected_backward, "DKV_BYTES", 4096)
     sliced = check(q, k, v, dout, dlse, indices, 16)
-    assert len(made) >= 6 and all(p.slices > 1 for p in made)
+    assert len(made) >= 4 and all(p.slices > 1 for p in made)
     assert error(sliced[0], whole[0]) < 1e-6 and all(error(x, y) < 1e-6 for x, y in zip(sliced[2], whole[2]))
 
 
@@ -241,17 +241,19 @@ def test_deterministic_runs_agree_bit_for_bit():
     assert all(torch.equal(x, y) for x, y in zip((*first[:2], *first[2]), (*second[:2], *second[2])))
 
 
+@pytest.mark.parametrize("bin_queries", [4, 2048], ids=["bins4", "bins1"])
 @pytest.mark.parametrize("stable", [False, True])
-def test_plan_holds_every_entry_once(stable):
+def test_plan_holds_every_entry_once(stable, bin_queries, monkeypatch):
     """Items of a segment name each (query, block) pair exactly once, are no longer than asked, and lie under the bound."""
+    monkeypatch.setattr(plan, "BIN_QUERIES", bin_queries)
     g = torch.Generator().manual_seed(15)
     indices = random_lists(g, 2, 2, 45, 5, blocks=6)
     indices[..., 2] = 0  # a hot block
     where = plan.Positions(3)
-    p = plan.build_plan(indices.to(DEVICE), 6 * 8, 8, "causal", where, slice_length=16, item_queries=4, stable=stable)
+    p = plan.build_plan(indices.to(DEVICE), range(1, 4), 6 * 8, 8, "causal", where, slice_length=16, item_queries=4, stable=stable)
     assert (p.slices, p.capacity) == (3, 16 * 5 // 4 + 6)
-    for lane in range(p.lanes):
-        lists = indices.flatten(0, 1)[lane].tolist()
+    for lane in range(3):
+        lists = indices.flatten(0, 1)[1 + lane].tolist()
         for index in range(p.slices):
             count = p.item_starts[lane, index, -1].item()
             assert count <= p.capacity
@@ -292,14 +294,12 @@ def test_refusals_are_sentences():
         selected_attention_forward(q, k, v, indices, 16, 1.0, "causl", 0, None)
 
 
-def test_regions_cover_every_pair_once():
-    """Whole batch rows where one fits, single heads where none does, at least one pair in any case."""
-    for b, hkv, size, budget in [(3, 4, 10, 1000), (3, 4, 10, 85), (3, 4, 10, 25), (3, 4, 10, 1), (0, 4, 1, 1)]:
-        parts = list(plan.regions(b, hkv, size, budget))
-        pairs = [(i, j) for rows, heads in parts for i in range(*rows.indices(b)) for j in range(*heads.indices(hkv))]
-        assert sorted(pairs) == [(i, j) for i in range(b) for j in range(hkv)]
-        for rows, heads in parts:
-            assert (rows.stop - rows.start) * (heads.stop - heads.start) * size <= max(budget, size)
+def test_cut_covers_every_lane_once():
+    """Whole multiples, within the budget unless one multiple is already beyond it."""
+    for lanes, size, budget, multiple in [(range(12), 10, 1000, 1), (range(3, 12), 10, 85, 3), (range(12), 10, 25, 4), (range(0), 1, 1, 1)]:
+        parts = list(plan.cut(lanes, size, budget, multiple))
+        assert [x for part in parts for x in part] == list(lanes)
+        assert all(len(part) % multiple == 0 and len(part) * size <= max(budget, size * multiple) for part in parts)
 
 
 @pytest.mark.parametrize("limit", [99 << 10, 163 << 10, 227 << 10], ids=["sm_89", "sm_80", "sm_90"])

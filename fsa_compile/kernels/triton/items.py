@@ -18,12 +18,23 @@ def load_item(item_starts, item_block, item_first, item_length, segment, item, n
 
 
 @triton.jit
-def visible(position, key, block, n_keys, BLOCK_SIZE: tl.constexpr, RULE: tl.constexpr):
-    """(rows, keys): which keys of the listed `block` the queries at `position` see."""
-    seen = ((key < n_keys) & (key < (block + 1) * BLOCK_SIZE))[None, :]
+def last_visible(position, block, n_keys, BLOCK_SIZE: tl.constexpr, RULE: tl.constexpr):
+    """(rows,): the last key of the listed `block` that each query sees. Under every rule it sees the block up to there."""
+    last = tl.minimum(n_keys, (block + 1) * BLOCK_SIZE) - 1
     if RULE == "causal":
-        seen = seen & (key[None, :] <= position[:, None])
-    if RULE == "diagonal":
+        last = tl.minimum(position, last)
+    elif RULE == "diagonal":
         own = (position >= block * BLOCK_SIZE) & (position < (block + 1) * BLOCK_SIZE)
-        seen = seen & ((key[None, :] <= position[:, None]) | (own == 0)[:, None])
-    return seen
+        last = tl.where(own, tl.minimum(position, last), last)
+    else:
+        last = tl.zeros_like(position) + last
+    return last
+
+
+@triton.jit
+def tile_mask(row_mask, column, D: tl.constexpr, D_PAD: tl.constexpr):
+    """(rows, D_PAD): the rows of `row_mask`, the first D columns; no work where D needs no padding."""
+    mask = row_mask[:, None]
+    if D != D_PAD:
+        mask = mask & (column < D)[None, :]
+    return mask

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+PLAN_BYTES = 64 << 20
+"""Most bytes of plan alive at once, unless one lane alone needs more."""
+PLAN_ENTRY_BYTES = 12
+"""What the plan keeps per query and slot: block, rank, order."""
 PARTIAL_BYTES = 192 << 20
 """Most bytes of forward partials alive at once."""
 DQ_BYTES = 32 << 20
@@ -31,6 +35,7 @@ class Launch:
         item_queries: Most queries of a work item; a multiple of `queries`.
         warps: Warps of a program.
         stages: Depth of the software pipeline.
+        registers: Most registers of a thread, None for the compiler's choice.
     """
 
     rows: int
@@ -39,11 +44,17 @@ class Launch:
     item_queries: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def power_of_two(x: int, least: int = 1) -> int:
     """The smallest power of two that is at least `x` and `least`."""
     return max(least, 1 << max(x - 1, 0).bit_length())
+
+
+def slice_queries(n: int, query_bytes: int, budget: int) -> int:
+    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 16 and at least that."""
+    return min(n, max(16, budget // query_bytes // 16 * 16))
 
 
 def shared_memory_limit(device: torch.device) -> int:

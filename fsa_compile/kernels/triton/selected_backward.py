@@ -26,10 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DKV_BYTES, DQ_BYTES, PARTIAL_BYTES, Launch, backward_launch, power_of_two, shared_memory_limit
-from .plan import Plan, Positions, build_plan, regions
+from .launch import DKV_BYTES, DQ_BYTES, PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, backward_launch
+from .launch import power_of_two, shared_memory_limit, slice_queries
+from .plan import Plan, Positions, build_plan, cut
 from .selected_forward import LOG2E
-from .items import load_item, visible
+from .items import last_visible, load_item, tile_mask
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _delta_kernel(
     line = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = line // hq, line % hq
     e = tl.arange(0, DV_PAD)
-    mask = (query < n)[:, None] & (e < DV)[None, :]
+    mask = tile_mask(query < n, e, DV, DV_PAD)
     o_row = batch * o_stride_b + head * o_stride_h + query * o_stride_n
     do_row = batch * do_stride_b + head * do_stride_h + query * do_stride_n
     o = tl.load(out + o_row[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -55,12 +56,12 @@ def _delta_kernel(
     tl.store(delta + line * n + query, total, mask=query < n)
 
 
-@triton.jit(do_not_specialize=["slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
+@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
 def _gradient_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     do_stride_b, do_stride_h, do_stride_n, l_stride_b, l_stride_h, d_stride_b, d_stride_h,
-    slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, scale, log2_scale, log2e,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, scale, log2_scale, log2e,
     n_index_heads, lanes_per_kv,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
@@ -68,8 +69,9 @@ def _gradient_kernel(
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     item = (tl.program_id(0) // PARTS) % capacity
-    lane = tl.program_id(0) // (PARTS * capacity)
-    segment = lane.to(tl.int64) * n_slices + slice_index
+    store = tl.program_id(0) // (PARTS * capacity)  # lane of dq, dk, dv; the plan starts at first_lane, they at begin_lane
+    lane = begin_lane + store
+    segment = (lane - first_lane).to(tl.int64) * n_slices + slice_index
     block, first, length = load_item(
         item_starts, item_block, item_first, item_length, segment, item, n_blocks, capacity
     )
@@ -91,11 +93,11 @@ def _gradient_kernel(
     e = tl.arange(0, DV_PAD)
     local_key = part * KEYS + tl.arange(0, KEYS)
     key = block * BLOCK_SIZE + local_key
-    there = ((key < n_keys) & (local_key < BLOCK_SIZE))[:, None]
+    there = (key < n_keys) & (local_key < BLOCK_SIZE)
     k_row = batch * k_stride_b + kv_head * k_stride_h + key.to(tl.int64) * k_stride_n
     v_row = batch * v_stride_b + kv_head * v_stride_h + key.to(tl.int64) * v_stride_n
-    k_tile = tl.load(k + k_row[:, None] + c[None, :], mask=there & (c < DK)[None, :], other=0.0)
-    v_tile = tl.load(v + v_row[:, None] + e[None, :], mask=there & (e < DV)[None, :], other=0.0)
+    k_tile = tl.load(k + k_row[:, None] + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
+    v_tile = tl.load(v + v_row[:, None] + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
     dk_acc = tl.zeros((KEYS, DK_PAD), tl.float32)
     dv_acc = tl.zeros((KEYS, DV_PAD), tl.float32)
     for done in range(0, length, QUERIES):
@@ -106,63 +108,65 @@ def _gradient_kernel(
         wide = query.to(tl.int64)
         q_row = batch * q_stride_b + head * q_stride_h + wide * q_stride_n
         do_row = batch * do_stride_b + head * do_stride_h + wide * do_stride_n
-        q_tile = tl.load(q + q_row[:, None] + c[None, :], mask=live[:, None] & (c < DK)[None, :], other=0.0)
-        do_tile = tl.load(dout + do_row[:, None] + e[None, :], mask=live[:, None] & (e < DV)[None, :], other=0.0)
+        q_tile = tl.load(q + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
+        do_tile = tl.load(dout + do_row[:, None] + e[None, :], mask=tile_mask(live, e, DV, DV_PAD), other=0.0)
         lse_i = tl.load(lse + batch * l_stride_b + head * l_stride_h + wide, mask=live, other=0.0) * log2e
         delta_i = tl.load(delta + batch * d_stride_b + head * d_stride_h + wide, mask=live, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale
-        seen = visible(query + shift, key, block, n_keys, BLOCK_SIZE, RULE) & live[:, None]
-        p = tl.exp2(tl.where(seen, s - lse_i[:, None], float("-inf")))
+        last = tl.where(live, last_visible(query + shift, block, n_keys, BLOCK_SIZE, RULE), -1)
+        p = tl.exp2(tl.where(key[None, :] <= last[:, None], s - lse_i[:, None], float("-inf")))
         dv_acc += tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision="ieee")
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         ds = (p * (dp - delta_i[:, None])).to(q_tile.dtype)
         dk_acc += tl.dot(tl.trans(ds), q_tile, input_precision="ieee")
         dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * scale
-        dq_mask = live[:, None] & (c < DK)[None, :]
+        dq_mask = tile_mask(live, c, DK, DK_PAD)
         if DETERMINISTIC:
-            slot = ((lane.to(tl.int64) * slice_length * T + pair) * G + row % G) * PARTS + part
+            slot = ((store.to(tl.int64) * slice_length * T + pair) * G + row % G) * PARTS + part
             tl.store(dq + slot[:, None] * DK + c[None, :], dq_tile.to(dq.dtype.element_ty), mask=dq_mask)
-        else:  # dq is (lanes, slice_length, G, dk)
-            slot = (lane.to(tl.int64) * slice_length + local) * G + row % G
+        else:  # dq is (lanes, G, slice_length, dk)
+            slot = (store.to(tl.int64) * G + row % G) * slice_length + local
             tl.atomic_add(dq + slot[:, None] * DK + c[None, :], dq_tile, mask=dq_mask, sem="relaxed")
     if DETERMINISTIC:  # dk and dv are (lanes, capacity, block_size, d)
-        d_row = (lane.to(tl.int64) * capacity + item) * BLOCK_SIZE + local_key
-        tl.store(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=there & (c < DK)[None, :])
-        tl.store(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=there & (e < DV)[None, :])
-    else:  # dk and dv are (b, hkv, m, d)
-        d_row = (lane // lanes_per_kv).to(tl.int64) * n_keys + key
-        tl.atomic_add(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=there & (c < DK)[None, :], sem="relaxed")
-        tl.atomic_add(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=there & (e < DV)[None, :], sem="relaxed")
+        d_row = (store.to(tl.int64) * capacity + item) * BLOCK_SIZE + local_key
+        tl.store(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=tile_mask(there, c, DK, DK_PAD))
+        tl.store(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=tile_mask(there, e, DV, DV_PAD))
+    else:  # dk and dv are (lanes / lanes_per_kv, m, d)
+        d_row = (store // lanes_per_kv).to(tl.int64) * n_keys + key
+        tl.atomic_add(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=tile_mask(there, c, DK, DK_PAD), sem="relaxed")
+        tl.atomic_add(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=tile_mask(there, e, DV, DV_PAD), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["slice_index", "n_slices", "slice_length", "n_queries"])
+@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "n_queries"])
 def _sum_entries_kernel(
-    partial, kept, dq, q_stride_b, q_stride_h, q_stride_n, slice_index, n_slices, slice_length, n_queries, n_index_heads,
+    partial, kept, dq, q_stride_b, q_stride_h, q_stride_n,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries, n_index_heads,
     G: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, DK: tl.constexpr, DK_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) % G
     local = (tl.program_id(0) // G) % n_queries
-    lane = tl.program_id(0) // (G * n_queries)
+    store = tl.program_id(0) // (G * n_queries)
+    lane = begin_lane + store
     query = (slice_index * slice_length + local).to(tl.int64)
     batch = (lane // n_index_heads).to(tl.int64)
     head = ((lane % n_index_heads) * G + g).to(tl.int64)
-    blocks = kept + (lane.to(tl.int64) * n_slices * slice_length + query) * T
-    slots = (lane.to(tl.int64) * slice_length + local) * T
+    blocks = kept + ((lane - first_lane).to(tl.int64) * n_slices * slice_length + query) * T
+    slots = (store.to(tl.int64) * slice_length + local) * T
     c = tl.arange(0, DK_PAD)
     acc = tl.zeros((DK_PAD,), tl.float32)
     for begin in range(0, T * PARTS, TILE):
         at = begin + tl.arange(0, TILE)
         some = tl.load(blocks + at // PARTS, mask=at < T * PARTS, other=-1) >= 0
         slot = ((slots + at // PARTS) * G + g) * PARTS + at % PARTS
-        tile = tl.load(partial + slot[:, None] * DK + c[None, :], mask=some[:, None] & (c < DK)[None, :], other=0.0)
+        tile = tl.load(partial + slot[:, None] * DK + c[None, :], mask=tile_mask(some, c, DK, DK_PAD), other=0.0)
         acc += tl.sum(tile.to(tl.float32), 0)
     row = dq + batch * q_stride_b + head * q_stride_h + query * q_stride_n
     tl.store(row + c, acc.to(dq.dtype.element_ty), mask=c < DK)
 
 
-@triton.jit(do_not_specialize=["slice_index", "n_slices", "capacity", "n_keys", "n_blocks"])
+@triton.jit(do_not_specialize=["skipped_lanes", "slice_index", "n_slices", "capacity", "n_keys", "n_blocks"])
 def _sum_items_kernel(
-    partial, item_starts, total, slice_index, n_slices, capacity, n_keys, n_blocks, lanes_per_kv,
+    partial, item_starts, total, skipped_lanes, slice_index, n_slices, capacity, n_keys, n_blocks, lanes_per_kv,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
@@ -171,11 +175,11 @@ def _sum_items_kernel(
     local_key = part * KEYS + tl.arange(0, KEYS)
     key = block * BLOCK_SIZE + local_key
     c = tl.arange(0, D_PAD)
-    mask = ((key < n_keys) & (local_key < BLOCK_SIZE))[:, None] & (c < D)[None, :]
+    mask = tile_mask((key < n_keys) & (local_key < BLOCK_SIZE), c, D, D_PAD)
     target = total + (kv * n_keys + key)[:, None] * D + c[None, :]
     acc = tl.load(target, mask=mask, other=0.0)
     for lane in range(kv * lanes_per_kv, (kv + 1) * lanes_per_kv):
-        at = (lane * n_slices + slice_index) * (n_blocks + 1) + block
+        at = ((skipped_lanes + lane) * n_slices + slice_index) * (n_blocks + 1) + block
         for item in range(tl.load(item_starts + at), tl.load(item_starts + at + 1)):
             row = (lane * capacity + item) * BLOCK_SIZE + local_key
             acc += tl.load(partial + row[:, None] * D + c[None, :], mask=mask, other=0.0)
@@ -184,7 +188,7 @@ def _sum_items_kernel(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Tensors and constants of one region of (batch, key/value head) pairs; shapes as in `selected_attention_backward`."""
+    """What every launch of one backward needs; shapes as in `selected_attention_backward`."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -197,6 +201,32 @@ class _Problem:
     scale: float
     rule: str
     positions: Positions
+    launch: Launch
+
+    @property
+    def group(self) -> int:
+        """Query heads that share an index list."""
+        return self.q.shape[1] // self.indices.shape[1]
+
+    @property
+    def lists(self) -> int:
+        """Index lists that share a key/value head."""
+        return self.indices.shape[1] // self.k.shape[1]
+
+    @property
+    def lanes(self) -> range:
+        """All lanes."""
+        return range(self.q.shape[0] * self.indices.shape[1])
+
+    @property
+    def parts(self) -> int:
+        """Tiles of keys in a block."""
+        return -(-self.block_size // self.launch.keys)
+
+    def plan(self, lanes: range, slice_length: int, item_queries: int, stable: bool) -> Plan:
+        """The work items of some lanes."""
+        m, at = self.k.shape[2], self.positions
+        return build_plan(self.indices, lanes, m, self.block_size, self.rule, at, slice_length, item_queries, stable)
 
 
 def backward(
@@ -214,22 +244,15 @@ def backward(
     positions: Positions,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of selected attention, region by region; see `selected_attention_backward`."""
-    (b, hq, n, dk), (_, hkv, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
+    """Gradients of selected attention, some lanes and one slice of queries at a time; see `selected_attention_backward`."""
+    (b, hq, n, dk), (_, _, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if 0 in (b, hq, n, m, t):
         return tuple(g.zero_() for g in grads)
     launch = backward_launch(hq // hi, block_size, dk, dv, q.dtype, shared_memory_limit(q.device))
     delta = row_delta(dout, out, dlse)
-    heads, lists = hq // hkv, hi // hkv
-    for rows, kv in regions(b, hkv, m * (dk + dv) * 4, DKV_BYTES):
-        q_heads = slice(kv.start * heads, kv.stop * heads)
-        problem = _Problem(
-            q[rows, q_heads], k[rows, kv], v[rows, kv], dout[rows, q_heads], lse[rows, q_heads], delta[rows, q_heads],
-            indices[rows, kv.start * lists : kv.stop * lists], block_size, scale, rule, positions.batch(rows),
-        )  # fmt: skip
-        run = _deterministic_region if deterministic else _atomic_region
-        run(problem, launch, grads[0][rows, q_heads], grads[1][rows, kv], grads[2][rows, kv])
+    problem = _Problem(q, k, v, dout, lse, delta, indices, block_size, scale, rule, positions, launch)
+    (_deterministic if deterministic else _atomic)(problem, *grads)
     return grads
 
 
@@ -247,91 +270,97 @@ def row_delta(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None) 
     return delta
 
 
-def _atomic_region(problem: _Problem, launch: Launch, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> None:
-    """dQ, dK and dV by float32 atomics, one slice of queries at a time."""
-    (b, hq, n, d), hi = problem.q.shape, problem.indices.shape[1]
-    slice_length = min(n, max(16, DQ_BYTES // (b * hq * d * 4) // 16 * 16))
-    plan = _plan(problem, slice_length, launch.item_queries, stable=False)
-    dk_sum, dv_sum = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv))
-    dq_sum = torch.empty((b, hi, slice_length, hq // hi, d), dtype=torch.float32, device=dq.device)
-    for index in range(plan.slices):
-        launch_gradient(problem, plan, index, launch, dq_sum.zero_(), dk_sum, dv_sum, deterministic=False)
-        begin = index * slice_length
-        stop = min(begin + slice_length, n)
-        here = dq_sum[:, :, : stop - begin].transpose(2, 3)
-        dq[:, :, begin:stop].unflatten(1, (hi, hq // hi)).copy_(here)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+def _atomic(problem: _Problem, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    """dQ, dK and dV by float32 atomics."""
+    p = problem
+    (_, _, n, d), (_, _, m, e), t = p.q.shape, p.v.shape, p.indices.shape[3]
+    group, lists = p.group, p.lists
+    kv_lane_bytes = -(-m * (d + e) * 4 // lists)
+    together = len(next(cut(p.lanes, kv_lane_bytes, DKV_BYTES, lists)))
+    slice_length = slice_queries(n, together * group * d * 4, DQ_BYTES)
+    by_lane = dq.view(len(p.lanes), group, n, d)
+    dq_sum = torch.empty((together, group, slice_length, d), dtype=torch.float32, device=dq.device)
+    dk_sum, dv_sum = (torch.empty((together // lists, m, x), dtype=torch.float32, device=dq.device) for x in (d, e))
+    for planned in cut(p.lanes, n * t * PLAN_ENTRY_BYTES, PLAN_BYTES, lists):
+        plan = p.plan(planned, slice_length, p.launch.item_queries, stable=False)
+        for lanes in cut(planned, kv_lane_bytes, DKV_BYTES, lists):
+            dk_sum.zero_()
+            dv_sum.zero_()
+            for begin in range(0, n, slice_length):
+                launch_gradient(p, plan, lanes, begin // slice_length, dq_sum.zero_(), dk_sum, dv_sum, deterministic=False)
+                here = by_lane[lanes.start : lanes.stop, :, begin : begin + slice_length]
+                here.copy_(dq_sum[: len(lanes), :, : here.shape[2]])
+            _store_kv(p, lanes, dk, dk_sum)
+            _store_kv(p, lanes, dv, dv_sum)
 
 
-def _deterministic_region(
-    problem: _Problem, launch: Launch, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
-) -> None:
+def _deterministic(problem: _Problem, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> None:
     """The same sums in a fixed order: what atomics would add is stored per entry and per work item, then added."""
-    (b, hq, n, d), (_, hkv, m, e) = problem.q.shape, problem.v.shape
-    hi, t = problem.indices.shape[1], problem.indices.shape[3]
-    parts = _parts(problem.block_size, launch.keys)
-    entry_bytes = b * hq * t * parts * d * problem.q.element_size()
-    slice_length = min(n, max(16, PARTIAL_BYTES // entry_bytes // 16 * 16))
-    # Long items: every item costs block_size * (d + e) floats, and no more items than blocks is what cannot be saved.
-    blocks = -(-m // problem.block_size)
-    tiles = -(-slice_length * t // (blocks * launch.queries))
-    plan = _plan(problem, slice_length, power_of_two(tiles) * launch.queries, stable=True)
-    dk_sum, dv_sum = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv))
-    dq_entry = torch.empty((plan.lanes, slice_length * t, hq // hi, parts, d), dtype=dq.dtype, device=dq.device)
+    p = problem
+    (_, hq, n, d), (_, _, m, e), t = p.q.shape, p.v.shape, p.indices.shape[3]
+    group, lists, parts, device = p.group, p.lists, p.parts, dq.device
+    blocks, d_pad = -(-m // p.block_size), power_of_two(d, 16)
+    # Items are as long as a block's average list: then there are at most twice as many as blocks, and each costs
+    # block_size * (d + e) floats. The sums they go into cost as much again for each key/value head.
+    lane_bytes = m * (d + e) * 4 * 3
+    together = len(next(cut(p.lanes, lane_bytes, DKV_BYTES, lists)))
+    slice_length = slice_queries(n, together * group * t * parts * d * dq.element_size(), PARTIAL_BYTES)
+    item_queries = power_of_two(-(-slice_length * t // (blocks * p.launch.queries))) * p.launch.queries
+    dq_entry = torch.empty((together, slice_length * t, group, parts, d), dtype=dq.dtype, device=device)
+    dk_sum, dv_sum = (torch.empty((together // lists, m, x), dtype=torch.float32, device=device) for x in (d, e))
     dk_item, dv_item = (
-        torch.empty((plan.lanes, plan.capacity, problem.block_size, x), dtype=torch.float32, device=dq.device)
+        torch.empty((together, slice_length * t // item_queries + blocks, p.block_size, x), dtype=torch.float32, device=device)
         for x in (d, e)
     )
-    for index in range(plan.slices):
-        launch_gradient(problem, plan, index, launch, dq_entry, dk_item, dv_item, deterministic=True)
-        queries = min(slice_length, n - index * slice_length)
-        d_pad = power_of_two(d, 16)
-        _sum_entries_kernel[(plan.lanes * queries * (hq // hi),)](
-            dq_entry, plan.kept, dq, *dq.stride()[:3], index, plan.slices, slice_length, queries, hi,
-            G=hq // hi, T=t, PARTS=parts, DK=d, DK_PAD=d_pad,
-            TILE=min(power_of_two(t * parts), max(1, 4096 // d_pad)), num_warps=1,
-        )  # fmt: skip
-        for item, total in ((dk_item, dk_sum), (dv_item, dv_sum)):
-            _sum_items_kernel[(b * hkv * blocks * parts,)](
-                item, plan.item_starts, total, index, plan.slices, plan.capacity, m, blocks, hi // hkv,
-                D=total.shape[-1], D_PAD=power_of_two(total.shape[-1], 16), BLOCK_SIZE=problem.block_size,
-                KEYS=launch.keys, PARTS=parts,
-            )  # fmt: skip
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+    for planned in cut(p.lanes, n * t * PLAN_ENTRY_BYTES, PLAN_BYTES, lists):
+        plan = p.plan(planned, slice_length, item_queries, stable=True)
+        for lanes in cut(planned, lane_bytes, DKV_BYTES, lists):
+            dk_sum.zero_()
+            dv_sum.zero_()
+            for index in range(plan.slices):
+                launch_gradient(p, plan, lanes, index, dq_entry, dk_item, dv_item, deterministic=True)
+                queries = min(slice_length, n - index * slice_length)
+                _sum_entries_kernel[(len(lanes) * queries * group,)](
+                    dq_entry, plan.kept, dq, *dq.stride()[:3], planned.start, lanes.start, index, plan.slices, slice_length,
+                    queries, hq // group, G=group, T=t, PARTS=parts, DK=d, DK_PAD=d_pad,
+                    TILE=min(power_of_two(t * parts), max(1, 4096 // d_pad)), num_warps=1,
+                )  # fmt: skip
+                for item, total in ((dk_item, dk_sum), (dv_item, dv_sum)):
+                    _sum_items_kernel[(len(lanes) // lists * blocks * parts,)](
+                        item, plan.item_starts, total, lanes.start - planned.start, index, plan.slices, plan.capacity, m,
+                        blocks, lists, D=total.shape[-1], D_PAD=power_of_two(total.shape[-1], 16),
+                        BLOCK_SIZE=p.block_size, KEYS=p.launch.keys, PARTS=parts,
+                    )  # fmt: skip
+            _store_kv(p, lanes, dk, dk_sum)
+            _store_kv(p, lanes, dv, dv_sum)
 
 
-def _plan(problem: _Problem, slice_length: int, item_queries: int, stable: bool) -> Plan:
-    keys, p = problem.k.shape[2], problem
-    return build_plan(p.indices, keys, p.block_size, p.rule, p.positions, slice_length, item_queries, stable)
-
-
-def _parts(block_size: int, keys: int) -> int:
-    return -(-block_size // keys)
+def _store_kv(problem: _Problem, lanes: range, grad: torch.Tensor, total: torch.Tensor) -> None:
+    """Round the float32 sums of the key/value heads of `lanes` into the gradient (b, hkv, m, d)."""
+    here = grad.flatten(0, 1)[lanes.start // problem.lists : lanes.stop // problem.lists]
+    here.copy_(total[: here.shape[0]])
 
 
 def launch_gradient(
     problem: _Problem,
     plan: Plan,
+    lanes: range,
     index: int,
-    launch: Launch,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     deterministic: bool,
 ) -> None:
     """Run the work items of slice `index` into `dq`, `dk` and `dv`, whose layouts the kernel's comments give."""
-    q, k, v, dout, p = problem.q, problem.k, problem.v, problem.dout, problem
-    (_, hq, _, d), (_, hkv, m, e), hi = q.shape, v.shape, p.indices.shape[1]
-    parts, offsets = _parts(p.block_size, launch.keys), p.positions.offsets
-    _gradient_kernel[(plan.lanes * plan.capacity * parts,)](
+    p, q, k, v, dout, launch = problem, problem.q, problem.k, problem.v, problem.dout, problem.launch
+    (_, _, _, d), (_, hkv, m, e), hi, offsets = q.shape, v.shape, p.indices.shape[1], p.positions.offsets
+    _gradient_kernel[(len(lanes) * plan.capacity * p.parts,)](
         q, k, v, dout, p.lse, p.delta, dq, dk, dv, plan.order, plan.item_starts, plan.item_block, plan.item_first,
         plan.item_length, plan.order if offsets is None else offsets,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *p.lse.stride()[:2], *p.delta.stride()[:2],
-        index, plan.slices, plan.slice_length, plan.capacity, m, plan.starts.shape[-1] - 1, p.positions.offset,
+        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, p.positions.offset,
         p.scale, p.scale * LOG2E, LOG2E, hi, hi // hkv,
-        G=hq // hi, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
-        BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=parts, RULE=p.rule,
-        HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, num_warps=launch.warps, num_stages=launch.stages,
+        G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
+        BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
+        HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip

@@ -20,26 +20,28 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import PARTIAL_BYTES, Launch, forward_launch, power_of_two, shared_memory_limit
-from .plan import Plan, Positions, build_plan, regions
-from .items import load_item, visible
+from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, forward_launch, power_of_two
+from .launch import shared_memory_limit, slice_queries
+from .plan import Plan, Positions, build_plan, cut
+from .items import last_visible, load_item, tile_mask
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
+@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
 def _partial_kernel(
     q, k, v, partial, partial_lse, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale, n_index_heads, lanes_per_kv,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale, n_index_heads, lanes_per_kv,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0) // capacity
+    store = tl.program_id(0) // capacity  # lane of the scratch; the plan starts at first_lane, this launch at begin_lane
     item = tl.program_id(0) % capacity
-    segment = lane.to(tl.int64) * n_slices + slice_index
+    lane = begin_lane + store
+    segment = (lane - first_lane).to(tl.int64) * n_slices + slice_index
     block, first, length = load_item(
         item_starts, item_block, item_first, item_length, segment, item, n_blocks, capacity
     )
@@ -55,7 +57,7 @@ def _partial_kernel(
     k_base = k + batch * k_stride_b + (index_head // lanes_per_kv).to(tl.int64) * k_stride_h
     v_base = v + batch * v_stride_b + (index_head // lanes_per_kv).to(tl.int64) * v_stride_h
     entries = order + segment * slice_length * T + first
-    slots = lane.to(tl.int64) * slice_length * T
+    slots = store.to(tl.int64) * slice_length * T
 
     row = tl.arange(0, ROWS)
     within = row // G
@@ -64,18 +66,19 @@ def _partial_kernel(
     e = tl.arange(0, DV_PAD)
     key = block * BLOCK_SIZE + tl.arange(0, KEYS)
     if KEYS == BLOCK_PAD:  # one tile covers the block: load it once for all queries
-        there = (key < n_keys)[:, None]
-        k_tile = tl.load(k_base + key.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=there & (c < DK)[None, :], other=0.0)
-        v_tile = tl.load(v_base + key.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=there & (e < DV)[None, :], other=0.0)
+        there = key < n_keys
+        k_tile = tl.load(k_base + key.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
+        v_tile = tl.load(v_base + key.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
     for done in range(0, length, QUERIES):
         live = (within < QUERIES) & (done + within < length)
         pair = tl.load(entries + done + within, mask=live, other=0)
         query = slice_index * slice_length + pair // T
         q_row = query.to(tl.int64) * q_stride_n + head.to(tl.int64) * q_stride_h
-        q_tile = tl.load(q_base + q_row[:, None] + c[None, :], mask=live[:, None] & (c < DK)[None, :], other=0.0)
+        q_tile = tl.load(q_base + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
+        last = last_visible(query + shift, block, n_keys, BLOCK_SIZE, RULE)
         if KEYS == BLOCK_PAD:
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale
-            s = tl.where(visible(query + shift, key, block, n_keys, BLOCK_SIZE, RULE), s, float("-inf"))
+            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
             m_i = tl.max(s, 1)
             p = tl.exp2(s - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
             l_i = tl.sum(p, 1)
@@ -86,11 +89,11 @@ def _partial_kernel(
             acc = tl.zeros((ROWS, DV_PAD), tl.float32)
             for ahead in range(0, BLOCK_SIZE, KEYS):
                 at = key + ahead
-                there = (at < n_keys)[:, None]
-                k_part = tl.load(k_base + at.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=there & (c < DK)[None, :], other=0.0)
-                v_part = tl.load(v_base + at.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=there & (e < DV)[None, :], other=0.0)
+                there = at < n_keys
+                k_part = tl.load(k_base + at.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
+                v_part = tl.load(v_base + at.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
                 s = tl.dot(q_tile, tl.trans(k_part), input_precision="ieee") * log2_scale
-                s = tl.where(visible(query + shift, at, block, n_keys, BLOCK_SIZE, RULE), s, float("-inf"))
+                s = tl.where(at[None, :] <= last[:, None], s, float("-inf"))
                 m_new = tl.maximum(m_i, tl.max(s, 1))
                 m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
                 alpha = tl.exp2(m_i - m_safe)
@@ -101,24 +104,25 @@ def _partial_kernel(
         l_safe = tl.where(l_i == 0.0, 1.0, l_i)
         acc = acc / l_safe[:, None]
         slot = (slots + pair) * G + row % G
-        tl.store(partial + slot[:, None] * DV + e[None, :], acc.to(partial.dtype.element_ty), mask=live[:, None] & (e < DV)[None, :])
+        tl.store(partial + slot[:, None] * DV + e[None, :], acc.to(partial.dtype.element_ty), mask=tile_mask(live, e, DV, DV_PAD))
         tl.store(partial_lse + slot, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe)), mask=live)
 
 
-@triton.jit(do_not_specialize=["slice_index", "n_slices", "slice_length", "n_queries"])
+@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "n_queries"])
 def _merge_kernel(
     partial, partial_lse, kept, out, lse, o_stride_b, o_stride_h, o_stride_n, l_stride_b, l_stride_h,
-    slice_index, n_slices, slice_length, n_queries, n_index_heads,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries, n_index_heads,
     G: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, T_TILE: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) % G
     local = (tl.program_id(0) // G) % n_queries
-    lane = tl.program_id(0) // (G * n_queries)
+    store = tl.program_id(0) // (G * n_queries)
+    lane = begin_lane + store
     query = (slice_index * slice_length + local).to(tl.int64)
     batch = (lane // n_index_heads).to(tl.int64)
     head = ((lane % n_index_heads) * G + g).to(tl.int64)
-    blocks = kept + (lane.to(tl.int64) * n_slices * slice_length + query) * T
-    slots = (lane.to(tl.int64) * slice_length + local) * T
+    blocks = kept + ((lane - first_lane).to(tl.int64) * n_slices * slice_length + query) * T
+    slots = (store.to(tl.int64) * slice_length + local) * T
     t = tl.arange(0, T_PAD)
     entry = tl.load(blocks + t, mask=t < T, other=-1) >= 0
     lse_t = tl.load(partial_lse + (slots + t) * G + g, mask=entry, other=float("-inf"))
@@ -135,17 +139,12 @@ def _merge_kernel(
         weight = tl.load(partial_lse + (slots + at) * G + g, mask=some, other=float("-inf"))
         weight = tl.exp2(weight - m_i)
         slot = (slots + at) * G + g
-        o_t = tl.load(partial + slot[:, None] * DV + e[None, :], mask=some[:, None] & (e < DV)[None, :], other=0.0)
+        o_t = tl.load(partial + slot[:, None] * DV + e[None, :], mask=tile_mask(some, e, DV, DV_PAD), other=0.0)
         acc += tl.sum(o_t.to(tl.float32) * weight[:, None], 0)
     acc = acc / l_safe
     o_row = out + batch * o_stride_b + head * o_stride_h + query * o_stride_n
     tl.store(o_row + e, acc.to(out.dtype.element_ty), mask=e < DV)
     tl.store(lse + batch * l_stride_b + head * l_stride_h + query, total * LN2)
-
-
-def forward_slice_length(n: int, entry_bytes: int, budget: int = PARTIAL_BYTES) -> int:
-    """Queries of a slice whose partials take at most `budget` bytes: `entry_bytes` per query, a multiple of 16 or all."""
-    return min(n, max(16, budget // entry_bytes // 16 * 16))
 
 
 def forward(
@@ -158,46 +157,27 @@ def forward(
     rule: str,
     positions: Positions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected attention, region by region, slice by slice; see `selected_attention_forward`."""
+    """Selected attention, some lanes and one slice of queries at a time; see `selected_attention_forward`."""
     (b, hq, n, dk), (_, hkv, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
     out = torch.empty((b, hq, n, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, hq, n), dtype=torch.float32, device=q.device)
     if 0 in (b, hq, n, m, t):
         return out.zero_(), lse.fill_(float("-inf"))
-    launch = forward_launch(hq // hi, block_size, dk, dv, q.dtype, shared_memory_limit(q.device))
-    heads, lists = hq // hkv, hi // hkv
-    query_bytes = heads * t * (dv * q.element_size() + 4)
-    for rows, kv in regions(b, hkv, n * query_bytes, PARTIAL_BYTES):
-        q_heads = slice(kv.start * heads, kv.stop * heads)
-        _forward_region(
-            q[rows, q_heads], k[rows, kv], v[rows, kv], indices[rows, kv.start * lists : kv.stop * lists],
-            out[rows, q_heads], lse[rows, q_heads], block_size, scale, rule, positions.batch(rows), launch,
-        )  # fmt: skip
-    return out, lse
-
-
-def _forward_region(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    block_size: int,
-    scale: float,
-    rule: str,
-    positions: Positions,
-    launch: Launch,
-) -> None:
-    (b, hq, n, dk), (_, hkv, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
     group = hq // hi
-    slice_length = forward_slice_length(n, b * hq * t * (dv * q.element_size() + 4))
-    plan = build_plan(indices, m, block_size, rule, positions, slice_length, launch.item_queries)
-    partial = torch.empty((plan.lanes, slice_length * t, group, dv), dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty((plan.lanes, slice_length * t, group), dtype=torch.float32, device=q.device)
-    for index in range(plan.slices):
-        launch_partial(q, k, v, partial, partial_lse, plan, index, block_size, scale, rule, positions, launch)
-        launch_merge(partial, partial_lse, out, lse, plan, index)
+    launch = forward_launch(group, block_size, dk, dv, q.dtype, shared_memory_limit(q.device))
+    # Few lanes with many queries each rather than the reverse: a block is then loaded for more queries at a time.
+    query_bytes = group * t * (dv * q.element_size() + 4)
+    together = len(next(cut(range(b * hi), n * query_bytes, PARTIAL_BYTES)))
+    slice_length = slice_queries(n, together * query_bytes, PARTIAL_BYTES)
+    partial = torch.empty((together, slice_length * t, group, dv), dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty((together, slice_length * t, group), dtype=torch.float32, device=q.device)
+    for planned in cut(range(b * hi), n * t * PLAN_ENTRY_BYTES, PLAN_BYTES):
+        plan = build_plan(indices, planned, m, block_size, rule, positions, slice_length, launch.item_queries)
+        for lanes in cut(planned, n * query_bytes, PARTIAL_BYTES):
+            for index in range(plan.slices):
+                launch_partial(q, k, v, partial, partial_lse, plan, lanes, index, block_size, scale, rule, positions, launch)
+                launch_merge(partial, partial_lse, out, lse, plan, lanes, index)
+    return out, lse
 
 
 def launch_partial(
@@ -207,6 +187,7 @@ def launch_partial(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
     plan: Plan,
+    lanes: range,
     index: int,
     block_size: int,
     scale: float,
@@ -215,29 +196,30 @@ def launch_partial(
     launch: Launch,
 ) -> None:
     """Partials of slice `index`: partial (lanes, slice_length * t, g, dv), partial_lse (lanes, slice_length * t, g), base 2."""
-    (_, hq, _, dk), (b, hkv, m, dv), hi = q.shape, v.shape, plan.lanes // q.shape[0]
-    offsets = positions.offsets
-    _partial_kernel[(plan.lanes * plan.capacity,)](
+    (_, hq, _, dk), (_, hkv, m, dv), offsets = q.shape, v.shape, positions.offsets
+    hi = hq // partial.shape[2]
+    _partial_kernel[(len(lanes) * plan.capacity,)](
         q, k, v, partial, partial_lse, plan.order, plan.item_starts, plan.item_block, plan.item_first, plan.item_length,
         plan.order if offsets is None else offsets, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        index, plan.slices, plan.slice_length, plan.capacity, m, plan.starts.shape[-1] - 1, positions.offset, scale * LOG2E,
-        hi, hi // hkv, G=hq // hi, T=plan.kept.shape[-1], DK=dk, DV=dv, DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16),
-        BLOCK_SIZE=block_size, BLOCK_PAD=power_of_two(block_size, 16), ROWS=launch.rows, QUERIES=launch.queries,
-        KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None, num_warps=launch.warps, num_stages=launch.stages,
+        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, positions.offset,
+        scale * LOG2E, hi, hi // hkv, G=hq // hi, T=plan.kept.shape[-1], DK=dk, DV=dv,
+        DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16), BLOCK_SIZE=block_size, BLOCK_PAD=power_of_two(block_size, 16),
+        ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
 def launch_merge(
-    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, plan: Plan, index: int
+    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, plan: Plan, lanes: range, index: int
 ) -> None:
     """Merge the partials of slice `index` into out (b, hq, n, dv) and lse (b, hq, n), natural logarithm."""
-    b, hq, n, dv = out.shape
-    hi, t = plan.lanes // b, plan.kept.shape[-1]
+    _, hq, n, dv = out.shape
+    group, t = partial.shape[2], plan.kept.shape[-1]
     queries = min(plan.slice_length, n - index * plan.slice_length)
     dv_pad, t_pad = power_of_two(dv, 16), power_of_two(t)
     tile = min(t_pad, max(1, 4096 // dv_pad))
-    _merge_kernel[(plan.lanes * queries * (hq // hi),)](
+    _merge_kernel[(len(lanes) * queries * group,)](
         partial, partial_lse, plan.kept, out, lse, *out.stride()[:3], *lse.stride()[:2],
-        index, plan.slices, plan.slice_length, queries, hi,
-        G=hq // hi, T=t, T_PAD=t_pad, DV=dv, DV_PAD=dv_pad, T_TILE=tile, num_warps=1 if tile * dv_pad <= 2048 else 2,
+        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, queries, hq // group,
+        G=group, T=t, T_PAD=t_pad, DV=dv, DV_PAD=dv_pad, T_TILE=tile, num_warps=1 if tile * dv_pad <= 2048 else 2,
     )  # fmt: skip
