@@ -1,8 +1,8 @@
 """Faults of torch 2.13's own Inductor on the CPU, each kept as a test that shows it.
 
 They matter here in two ways: a baseline that runs into one is no baseline, and whoever sees a compiled model differ from eager
-should rule them out before looking for the fault in this package. A release of torch that mends one makes its test fail on 2.13.x and
-skip on others: then remove it.
+should rule them out before looking for the fault in this package. A release of torch that mends one makes its test fail on
+2.13.x and skip on others: then remove it.
 
 * In a kernel tiled in two dimensions, a scatter-add by several threads adds the offset inside the tile twice
   (pytorch/pytorch#191837). Sums go to wrong places, or past the end of the buffer. Seen where gradients of overlapping windows
