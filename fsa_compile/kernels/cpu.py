@@ -181,7 +181,6 @@ def banded_attention_backward(
     dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (k, v))
     if out.numel() and k.shape[2]:
         keys, values = k.to(dtype).contiguous(), v.to(dtype).contiguous()
-        shift = row_shift(dout, dlse, out, dtype)
         # exp(x - inf) = 0: an empty row has no weight anywhere.
         reference = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
         for chunk in chunks(band, *q.shape[:2], q.device, dtype):
@@ -191,7 +190,13 @@ def banded_attention_backward(
             weights = exp_(weights.sub_(_rows(reference, chunk, groups, dtype)))
             _columns(dv, chunk).baddbmm_(weights.transpose(1, 2), grad)
             slope = torch.bmm(grad, _columns(values, chunk).transpose(1, 2))
-            slope.sub_(_rows(shift, chunk, groups, dtype)).mul_(weights)
+            # The chunk holds all that its rows see, so rowsum(weights * slope) is rowsum(dout * out) before out was rounded: with
+            # the rounded one every key of a row is off in the same direction, and what sums dk over keys sees it.
+            slope.mul_(weights)
+            shift = slope.sum(-1, keepdim=True)
+            if dlse is not None:
+                shift -= _rows(dlse[..., None], chunk, groups, dtype)
+            slope.addcmul_(weights, shift, value=-1)
             _columns(dk, chunk).baddbmm_(slope.transpose(1, 2), rows)
             target = dq[chunk.batch, :, chunk.queries]
             target.copy_(torch.bmm(slope, _columns(keys, chunk)).mul_(scale).view(target.shape))

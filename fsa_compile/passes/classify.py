@@ -74,6 +74,7 @@ def classify(
                         more, empty = _empty_rows(view, candidate, prover, needs_grad)
                         return Match(pattern, candidate, form, proofs + more, empty)
                     except Refusal as refusal:
+                        refusal.fitted = bool(candidate.parameters)
                         refusals.append(refusal)
             except Refusal as refusal:  # a pattern that knows better while proposing
                 refusals.append(refusal)
@@ -99,9 +100,10 @@ _RANK = {
 }
 
 
-def _telling(refusal: Refusal) -> tuple[int, bool]:
-    """How near the attempt came: a failed proof about empty rows means that everything before it held."""
-    return _RANK.get(refusal.reason.kind, 1), refusal.counterexample is not None
+def _telling(refusal: Refusal) -> tuple[int, bool, bool]:
+    """How near the attempt came: a failed proof about empty rows means that everything before it held, and a rule whose
+    parameters were fitted to the mask is nearer than one without."""
+    return _RANK.get(refusal.reason.kind, 1), refusal.counterexample is not None, refusal.fitted
 
 
 def _run_time(r: Reader, unknown: DataDependent) -> str:

@@ -53,7 +53,7 @@ class Prover:
             left = self.seconds - self.spent
             if left <= 0:
                 return Unknown("the graph's proof budget is spent; raise options['proof_seconds']")
-            hypotheses = [given, *facts]
+            hypotheses = [given, *facts, *self.reader.sizes.assumptions()]
             hypotheses += ground_facts(self.reader, [goal, *hypotheses], terms)
             answer = solve(hypotheses, goal, int(min(QUERY_MS, max(1.0, 1e3 * left))))
             if answer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..report import Counterexample, Proof, Reason, ReasonKind
+from ..report import Counterexample, Reason, ReasonKind
 
 
 class Refusal(Exception):
@@ -13,6 +13,9 @@ class Refusal(Exception):
         text: One sentence for the user.
         counterexample: Where the nearest rule differs, if a proof failed.
         source: ``"file.py:41"`` of the line in the way, where known.
+
+    Attributes:
+        fitted: Whether the failed candidate had parameters that were fitted to the site.
     """
 
     def __init__(
@@ -21,4 +24,4 @@ class Refusal(Exception):
         super().__init__(text)
         self.reason = Reason(kind, text, source)
         self.counterexample = counterexample
-        self.proofs: tuple[Proof, ...] = ()
+        self.fitted = False

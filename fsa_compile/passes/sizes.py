@@ -22,6 +22,8 @@ class Sizes:
         self.hints: dict[str, int] = {}
         self.symbols: dict[str, Any] = {}
         self._memo: dict[Any, Expr] = {}
+        self._env: Any = None
+        self._assumptions: list[Expr] | None = None
 
     def of(self, size: int | torch.SymInt) -> Expr:
         """`size` as an integer expression."""
@@ -40,6 +42,30 @@ class Sizes:
         from .evaluate import at_point
 
         return int(at_point(e, {}, self.hints))
+
+    def assumptions(self) -> list[Expr]:
+        """What Dynamo has guarded about sizes, such as divisibility: it holds whenever the compiled code runs."""
+        if self._env is None:
+            return []
+        if self._assumptions is None:
+            relations = [g.expr for g in self._env.guards]
+            formulas = [self._relation(s) for s in relations if isinstance(s, sympy.core.relational.Relational)]
+            self._assumptions = [f for f in formulas if f is not x.TRUE]
+        return self._assumptions
+
+    def _relation(self, s: Any) -> Expr:
+        if not all(a.is_integer for a in s.args):
+            return x.TRUE
+        a, b = map(self._translate, s.args)
+        if isinstance(s, sympy.Eq):
+            return x.equal(a, b)
+        if isinstance(s, sympy.Ne):
+            return x.negate(x.equal(a, b))
+        if isinstance(s, sympy.Ge):
+            return x.at_least(a, b)
+        if isinstance(s, sympy.Gt):
+            return x.less(b, a)
+        return x.at_least(b, a) if isinstance(s, sympy.Le) else x.less(a, b) if isinstance(s, sympy.Lt) else x.TRUE
 
     def _translate(self, s: Any) -> Expr:
         r = self._memo.get(s)
