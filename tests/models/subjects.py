@@ -6,6 +6,7 @@ Everywhere selections cover a quarter of the blocks: 256 tokens are 16 blocks of
 from __future__ import annotations
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,7 @@ def dense_nsa_example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("dense_nsa", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dynamo imports the modules whose globals it reads
     spec.loader.exec_module(module)
     return module
 
