@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fsa_compile.kernels.triton import selected_attention, selected_backward, selected_forward
+from fsa_compile.kernels.triton.launch import Device
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 PTX = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "wide_red": r"(red|atom)\.\S*\.v[24]\.f32", "narrow_red": r"(red|atom)\.\S*add\.f32",
@@ -93,12 +94,12 @@ def main():
     """Compile every distinct kernel of every variant for one target."""
     capability, limit, variants = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     for module in (selected_attention, selected_forward, selected_backward):
-        module.shared_memory_limit = lambda device: limit
+        module.device_of = lambda x: Device(capability, limit)
     seen = set()
     for variant in variants:
         for kernel, args, kwargs in record(**variant):
             source, options = source_of(kernel, args, kwargs)
-            options = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+            options = {key: value for key, value in options.items() if value is not None}
             identity = (source.hash(), tuple(sorted(options.items())))
             if identity in seen:
                 continue

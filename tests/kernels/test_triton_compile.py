@@ -43,7 +43,7 @@ def compile_for(capability: int) -> list[dict]:
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
 def test_kernels_compile_and_fit(capability):
     """Every variant compiles; memory stays below the limit and below the estimate that `supports` relies on."""
-    rows = compile_for(capability)
+    rows, device = compile_for(capability), launch.Device(capability, TARGETS[capability])
     heavy = [r for r in rows if r["kernel"] in ("_partial_kernel", "_gradient_kernel")]
     assert len(heavy) == 2 * len(VARIANTS)
     assert {"_count_kernel", "_layout_kernel", "_fill_kernel", "_item_kernel", "_merge_kernel", "_delta_kernel",
@@ -55,9 +55,11 @@ def test_kernels_compile_and_fit(capability):
             "_partial_kernel": (launch.forward_launch, launch.forward_shared_memory),
             "_gradient_kernel": (launch.backward_launch, launch.backward_shared_memory),
         }[r["kernel"]]
-        chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), TARGETS[capability])
+        chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), device)
         dk, dv = launch.power_of_two(x["dk"], 16), launch.power_of_two(x["dv"], 16)
         assert r["shared"] <= memory(chosen.rows, chosen.keys, dk, dv, itemsize, chosen.stages)
+    # A few hundred bytes of spills are the price of dK, dV and dQ at once; kilobytes are ptxas giving up on a tile.
+    assert all(r["spills"] is None or r["spills"] <= 1024 for r in rows)
     if capability == 90:
         half = [r for r in heavy if r["variant"]["dtype"] != "float32"]
         assert all(r["wgmma"] and r["wide_load"] for r in half)  # Hopper's matrix units, 16-byte loads

@@ -302,10 +302,11 @@ def test_cut_covers_every_lane_once():
         assert all(len(part) % multiple == 0 and len(part) * size <= max(budget, size * multiple) for part in parts)
 
 
-@pytest.mark.parametrize("limit", [99 << 10, 163 << 10, 227 << 10], ids=["sm_89", "sm_80", "sm_90"])
-def test_launches_fit_or_are_refused(limit, monkeypatch):
+@pytest.mark.parametrize("capability, kib", [(89, 99), (80, 163), (90, 227), (100, 227)])
+def test_launches_fit_or_are_refused(capability, kib, monkeypatch):
     """Tiles are legal for `tl.dot` and hold whole groups; what does not fit at the smallest tile is refused."""
-    monkeypatch.setattr(selected_attention, "shared_memory_limit", lambda device: limit)
+    device = launch.Device(capability, kib << 10)
+    monkeypatch.setattr(selected_attention, "device_of", lambda x: device)
     dims = [(d, d) for d in (16, 64, 96, 128, 192, 256)] + [(192, 128), (64, 256)]
     for group, block_size, (dk, dv), dtype in itertools.product(
         (1, 3, 4, 16, 64), (16, 48, 64, 256), dims, (torch.float32, torch.bfloat16)
@@ -313,15 +314,15 @@ def test_launches_fit_or_are_refused(limit, monkeypatch):
         q, k, v = (torch.zeros(1, h, 1, d, dtype=dtype, device=DEVICE) for h, d in ((group, dk), (1, dk), (1, dv)))
         why = supports(q, k, v, torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=DEVICE), block_size)
         assert why is None or "shared memory" in why
-        assert why is None or (group == 64 and limit < 227 << 10)
+        assert why is None or (group == 64 and kib < 227)
         fits = True
         for choose, memory in (
             (launch.forward_launch, launch.forward_shared_memory),
             (launch.backward_launch, launch.backward_shared_memory),
         ):
-            x = choose(group, block_size, dk, dv, dtype, limit)
+            x = choose(group, block_size, dk, dv, dtype, device)
             assert min(x.rows, x.keys) >= 16 and x.rows & (x.rows - 1) == x.keys & (x.keys - 1) == 0
             assert x.queries == x.rows // group >= 1 and x.item_queries % x.queries == 0
             d, e = launch.power_of_two(dk, 16), launch.power_of_two(dv, 16)
-            fits = fits and memory(x.rows, x.keys, d, e, dtype.itemsize, x.stages) <= limit
+            fits = fits and memory(x.rows, x.keys, d, e, dtype.itemsize, x.stages) <= device.shared_memory
         assert fits == (why is None)

@@ -1,8 +1,9 @@
 """Launch parameters: pure functions of the shape, never of the data, no autotuning.
 
 A tile of the selected-attention kernels is `rows` (query, head) pairs by `keys` keys of one block. Both are powers of two
-of at least 16, what `tl.dot` needs; `rows >= 64` is what Hopper's wgmma needs. The largest tile whose shared memory fits
-is taken; the estimates are upper bounds, checked against the compiler in ``tests/kernels/test_triton_compile.py``.
+of at least 16, what `tl.dot` needs; `rows >= 64` is what Hopper's wgmma needs. The choices were measured on an H100
+(``docs/kernels/selected.md``); tiles shrink until their shared memory fits. The estimates of it are upper bounds, checked
+against the compiler in ``tests/kernels/test_triton_compile.py``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,23 @@ PLAN_ENTRY_BYTES = 12
 """What the plan keeps per query and slot: block, rank, order."""
 PARTIAL_BYTES = 192 << 20
 """Most bytes of forward partials alive at once."""
-DQ_BYTES = 32 << 20
-"""Most bytes of float32 dQ that backward adds to at once: the atomics of one slice then stay inside Hopper's L2 (50 MB)."""
+DQ_BYTES = 64 << 20
+"""Most bytes of float32 dQ that backward adds to at once: near Hopper's L2 (50 MB), where the atomics are done."""
 DKV_BYTES = 144 << 20
 """Most bytes of float32 dK and dV alive at once, unless one key/value head alone needs more."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What of a GPU decides the launch.
+
+    Args:
+        capability: Compute capability times ten.
+        shared_memory: Bytes of shared memory that one program may use.
+    """
+
+    capability: int
+    shared_memory: int
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,12 @@ def slice_queries(n: int, query_bytes: int, budget: int) -> int:
     return min(n, max(16, budget // query_bytes // 16 * 16))
 
 
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use on `device`; Hopper's 227 KiB where there is no GPU to ask."""
-    if device.type != "cuda":
-        return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def device_of(x: torch.Tensor) -> Device:
+    """The GPU that holds `x`; an H100 where there is none (shapes are then checked, or kernels interpreted)."""
+    if x.device.type != "cuda":
+        return Device(90, 227 << 10)
+    properties = torch.cuda.get_device_properties(x.device)
+    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
 
 
 def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
@@ -70,49 +85,60 @@ def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int,
 
 
 def backward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
-    """Upper bound of the backward kernel's shared memory in bytes: K, V, `stages` copies of Q and dO; P, dS and dQ."""
-    scores, gradient = 4 * 2 * rows * keys, 4 * rows * dk
-    # float32 dots run one after the other and share their staging; wgmma and tcgen05 keep operands of several in flight.
-    staging = max(scores, gradient) if itemsize == 4 else scores + gradient
-    return itemsize * (keys + stages * rows) * (dk + dv) + staging
+    """Upper bound of the backward kernel's shared memory in bytes: K, V, `stages` copies of Q and dO; P and dS, or dQ."""
+    return itemsize * (keys + stages * rows) * (dk + dv) + 4 * max(2 * rows * keys, rows * dk)
 
 
-def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, limit: int) -> Launch:
-    """The forward kernel's parameters for `group` heads per index list on a device with `limit` bytes of shared memory."""
+def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> Launch:
+    """The forward kernel's parameters for `group` heads per index list.
+
+    One stage and 128 registers, so that four programs share a multiprocessor, beat deeper pipelines: a program waits for
+    scattered rows of Q, and another one computes meanwhile.
+    """
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
     precise = dtype == torch.float32  # IEEE float32 dots run on the scalar units: small tiles, registers are scarce
     rows = max(power_of_two(group), 32 if precise else 64)
     keys = min(power_of_two(block_size, 16), 32 if precise else 128)
-    rows, keys, stages = _shrink(
-        lambda *tile: forward_shared_memory(*tile[:2], dk, dv, dtype.itemsize, tile[2]), limit, group, rows, keys, 1 if precise else 2
-    )
-    queries = rows // group
-    return Launch(rows, queries, keys, item_queries=8 * queries, warps=4, stages=stages)
+    rows, keys, stages = _shrink(forward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages=1)
+    registers = 128 if max(dk, dv, 2 * keys) <= 128 and rows == 64 and not precise else None
+    return Launch(rows, rows // group, keys, 8 * (rows // group), 4, stages, registers)
 
 
-def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, limit: int) -> Launch:
-    """The backward kernel's parameters; as `forward_launch`, with dK and dV of a tile in registers as well."""
+def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> Launch:
+    """The backward kernel's parameters; dK and dV of a tile of keys stay in registers."""
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
-    precise = dtype == torch.float32
-    rows = max(power_of_two(group), 32 if precise else 64)
-    # dK and dV take keys * (dk + dv) float32 registers of the program's warps * 32 * 255.
-    keys = min(power_of_two(block_size, 16), 16 if precise else 64, max(16, (1 << 13) // max(dk, dv)))
-    rows, keys, stages = _shrink(
-        lambda *tile: backward_shared_memory(*tile[:2], dk, dv, dtype.itemsize, tile[2]), limit, group, rows, keys, 1 if precise else 2
-    )
-    queries = rows // group
-    return Launch(rows, queries, keys, item_queries=8 * queries, warps=8 if dk + dv > 128 else 4, stages=stages)
+    wide, precise = max(dk, dv), dtype == torch.float32
+    keys = min(power_of_two(block_size, 16), 16 if precise else 64, max(16, 8192 // wide))
+    if precise:
+        rows, warps, stages = 32, 8 if wide > 64 else 4, 1
+    elif device.capability < 90:  # mma.sync keeps its operands in registers
+        rows, warps, stages = 64 if wide <= 128 else 32, 8 if wide > 64 else 4, 1
+    else:
+        rows = 128 if wide <= 128 and keys == 64 else 64
+        warps = 8 if wide > 64 and keys > 16 else 4
+        stages = 2 if device.capability < 100 else 1  # tcgen05 stages P and dS in shared memory instead
+    rows = max(rows, power_of_two(group))
+    rows, keys, stages = _shrink(backward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages)
+    return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages)
 
 
 def _shrink(
-    memory: Callable[[int, int, int], int], limit: int, group: int, rows: int, keys: int, stages: int
+    memory: Callable[[int, int, int, int, int, int], int],
+    dk: int,
+    dv: int,
+    dtype: torch.dtype,
+    device: Device,
+    group: int,
+    rows: int,
+    keys: int,
+    stages: int,
 ) -> tuple[int, int, int]:
-    """Give up keys, then stages, then rows (but never part of a group) until a tile fits, or nothing is left to give."""
-    while memory(rows, keys, stages) > limit:
-        if keys > 16:
-            keys //= 2
-        elif stages > 1:
+    """Give up stages, keys, then rows (but never part of a group) until a tile fits, or nothing is left to give."""
+    while memory(rows, keys, dk, dv, dtype.itemsize, stages) > device.shared_memory:
+        if stages > 1:
             stages -= 1
+        elif keys > 16:
+            keys //= 2
         elif rows // 2 >= max(group, 16):
             rows //= 2
         else:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import backward_launch, backward_shared_memory, forward_launch, forward_shared_memory, power_of_two
-from .launch import shared_memory_limit
+from .launch import backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two
 from .plan import Positions
 from .selected_backward import backward
 from .selected_forward import forward
@@ -48,15 +47,15 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.T
         return "q, k, v and indices must be on one device."
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0."
-    limit, group = shared_memory_limit(q.device), hq // hi if hi else 1
+    device, group = device_of(q), hq // hi if hi else 1
     d, e = power_of_two(dk, 16), power_of_two(dv, 16)
     for launch, memory in (
-        (forward_launch(group, block_size, dk, dv, q.dtype, limit), forward_shared_memory),
-        (backward_launch(group, block_size, dk, dv, q.dtype, limit), backward_shared_memory),
+        (forward_launch(group, block_size, dk, dv, q.dtype, device), forward_shared_memory),
+        (backward_launch(group, block_size, dk, dv, q.dtype, device), backward_shared_memory),
     ):
         needed = memory(launch.rows, launch.keys, d, e, q.element_size(), launch.stages)
-        if needed > limit:
-            return f"a tile needs {needed} bytes of shared memory, the device has {limit}."
+        if needed > device.shared_memory:
+            return f"a tile needs {needed} bytes of shared memory, the device has {device.shared_memory}."
     return None
 
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .launch import DKV_BYTES, DQ_BYTES, PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, backward_launch
-from .launch import power_of_two, shared_memory_limit, slice_queries
+from .launch import device_of, power_of_two, slice_queries
 from .plan import Plan, Positions, build_plan, cut
 from .selected_forward import LOG2E
 from .items import last_visible, load_item, tile_mask
@@ -249,7 +249,7 @@ def backward(
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if 0 in (b, hq, n, m, t):
         return tuple(g.zero_() for g in grads)
-    launch = backward_launch(hq // hi, block_size, dk, dv, q.dtype, shared_memory_limit(q.device))
+    launch = backward_launch(hq // hi, block_size, dk, dv, q.dtype, device_of(q))
     delta = row_delta(dout, out, dlse)
     problem = _Problem(q, k, v, dout, lse, delta, indices, block_size, scale, rule, positions, launch)
     (_deterministic if deterministic else _atomic)(problem, *grads)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, forward_launch, power_of_two
-from .launch import shared_memory_limit, slice_queries
+from .launch import device_of, slice_queries
 from .plan import Plan, Positions, build_plan, cut
 from .items import last_visible, load_item, tile_mask
 
@@ -164,7 +164,7 @@ def forward(
     if 0 in (b, hq, n, m, t):
         return out.zero_(), lse.fill_(float("-inf"))
     group = hq // hi
-    launch = forward_launch(group, block_size, dk, dv, q.dtype, shared_memory_limit(q.device))
+    launch = forward_launch(group, block_size, dk, dv, q.dtype, device_of(q))
     # Few lanes with many queries each rather than the reverse: a block is then loaded for more queries at a time.
     query_bytes = group * t * (dv * q.element_size() + 4)
     together = len(next(cut(range(b * hi), n * query_bytes, PARTIAL_BYTES)))
