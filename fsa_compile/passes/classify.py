@@ -133,15 +133,18 @@ def _empty_rows(
     if proof is not None:
         return (proof,), None
     added_gradient = form.additive and needs_grad
+    whole_rows = view.dense and form.keys is form.width
     minus_infinity = -math.inf in form.fills
     if form.zero_rows or form.fills == {-math.inf}:
         safe = op_name(view.reader.nodes[form.softmax]) in SAFE
         if added_gradient and minus_infinity and not safe:  # 0 * NaN reaches q and k through the sum
             raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added -inf then gives NaN gradients that the op would drop")
+        if not form.zero_rows and needs_grad and not whole_rows:
+            raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and its NaN gradients then reach only the keys that it gathered")
         return (), "zero" if form.zero_rows else "nan"
     if len(form.fills) > 1:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and its masked logits get different finite values")
-    if not view.dense or form.keys is not form.width:
+    if not whole_rows:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and a finite fill then averages over gathered or padded keys")
     if added_gradient:
         raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added finite fill then has a gradient that the op would drop")

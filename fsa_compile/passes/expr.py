@@ -558,6 +558,11 @@ def real(c: float) -> Expr:
     return _make("const", (float(c),), REAL)
 
 
+def constant_real(e: Expr) -> float | None:
+    """The value of a constant real or integer, or None."""
+    return e.args[0] if e.op == "const" else constant(e) if e.sort == INT else None
+
+
 def load(name: str, coords: Iterable[Expr]) -> Expr:
     """Element `coords` of the real tensor `name`."""
     return _make("load", (name, tuple(coords)), REAL)
@@ -620,8 +625,6 @@ def add_reals(a: Expr, b: Expr) -> Expr:
             c = x.args[0]
             if c == 0:
                 return y
-            if math.isinf(c) or math.isnan(c):
-                return x
             if y.op == "float" and c == int(c):
                 return _make("float", (plus(y.args[0], int(c)),), REAL)
         return _make("add", (x, y), REAL)
@@ -629,10 +632,16 @@ def add_reals(a: Expr, b: Expr) -> Expr:
     return map_cases(a, lambda x: map_cases(b, lambda y: leaf(x, y)))
 
 
+def add_to_infinity(e: Expr) -> Expr:
+    """``e + -inf``, kept as a sum: the value is -inf, but a gradient flows to `e`."""
+    return map_cases(e, lambda t: t if t.op == "const" and t.args[0] == -INF else _make("add", (real(-INF), t), REAL))
+
+
 def compare_reals(op: str, a: Expr, b: Expr) -> Expr:
     """``a op b`` with op one of "eq", "gt", "ge", pushed to the leaves of both case trees."""
 
     def leaf(x: Expr, y: Expr) -> Expr:
+        x, y = _value(x), _value(y)
         if x.op == y.op == "const":
             u, v = x.args[0], y.args[0]
             return boolean({"eq": u == v, "gt": u > v, "ge": u >= v}[op])
@@ -642,6 +651,12 @@ def compare_reals(op: str, a: Expr, b: Expr) -> Expr:
         return _make("compare", (op, x, y), BOOL)
 
     return map_truth(a, lambda x: map_truth(b, lambda y: leaf(x, y)))
+
+
+def _value(e: Expr) -> Expr:
+    """An infinity plus a datum is that infinity, where only the value counts."""
+    infinite = [t for t in (e.args if e.op == "add" else ()) if t.op == "const" and math.isinf(t.args[0])]
+    return infinite[0] if len(infinite) == 1 else e
 
 
 def compare_ints(op: str, a: Expr, b: Expr) -> Expr:

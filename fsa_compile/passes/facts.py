@@ -4,7 +4,8 @@ Few, and each property-tested against torch in ``tests/passes/test_facts.py`` wi
 
 * a top-k or sort index is within its axis, and two slots of one list hold different indices;
 * a block that a top-k (``largest=True``) did not pick does not score higher than one that it picked;
-* an ``exists`` has a witness when it holds, and holds when some term satisfies it.
+* an ``exists`` has a witness when it holds, and holds when some term satisfies it;
+* a minimum over slots is at most the element in any slot.
 
 All are ground: instantiated at the terms that occur, never quantified.
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+from torch.fx import Node
+
 from . import expr as x
 from .expr import Expr
-from .reader import Mode, Reader, argument, op_name
+from .reader import Mode, Reader, argument, axis, op_name, rank
 from .smt import closure
 
 _ROUNDS = 4  # nested memberships are rare; deeper ones stay uninterpreted
@@ -33,12 +36,15 @@ def ground_facts(r: Reader, formulas: Iterable[Expr], terms: Sequence[Expr]) -> 
     memberships: set[Expr] = set()
     picks: dict[str, set[Expr]] = {}
     facts: list[Expr] = []
+    loads: set[Expr] = set()
 
     def scan(es: Iterable[Expr]) -> None:
         for e in es:
             for t in x.walk(e):
                 if t.op == "exists":
                     memberships.add(t)
+                elif t.op == "load":
+                    loads.add(t)
                 elif t.op == "apply" and t.args[0] in r.tops:
                     picks.setdefault(t.args[0], set()).add(t)
 
@@ -50,6 +56,9 @@ def ground_facts(r: Reader, formulas: Iterable[Expr], terms: Sequence[Expr]) -> 
             new = list(membership_facts(e, terms))
             facts += new
             scan(new)
+    minima = [f for m in loads for w in [witness(e) for e in done] for f in minimum_facts(r, m, x.poly(w) if w.op != "sum" else w)]
+    facts += minima
+    scan(minima)
     for name, atoms in sorted(picks.items()):
         facts += list(pick_facts(r, name, sorted(atoms, key=lambda e: e.id)))
     bound = {e.args[0] for e in memberships}
@@ -82,6 +91,26 @@ def pick_facts(r: Reader, name: str, atoms: Sequence[Expr]) -> Iterable[Expr]:
         legal = [x.in_range(t.args[1][d], slots) for t in (a, b)]
         same_pick = x.equal(x.poly(a), x.poly(b))
         yield x.implies(x.conj(*same_row, *legal, same_pick), x.equal(a.args[1][d], b.args[1][d]))
+
+
+def minimum_facts(r: Reader, m: Expr, slot: Expr) -> Iterable[Expr]:
+    """If `m` is an element of a minimum over an axis: it is at most the element in `slot`."""
+    node = r.nodes.get(m.args[0])
+    if node is None:
+        return
+    reduction = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else node
+    if not isinstance(reduction, Node) or op_name(reduction) not in ("min", "amin") or len(reduction.args) < 2:
+        return
+    dims = reduction.args[1]
+    if not isinstance(dims, int):
+        if len(dims) != 1:
+            return
+        dims = dims[0]
+    source, keepdim = reduction.args[0], bool(argument(reduction, 2, "keepdim", False))
+    d = axis(dims, rank(source))
+    at = (*m.args[1][:d], slot, *m.args[1][d + keepdim :])
+    fits = x.in_range(slot, r.shape(source)[d])
+    yield x.implies(fits, x.compare_reals("ge", r.read(source, at, Mode.VALUE), m))
 
 
 def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[Expr], list[tuple[Expr, Expr]]]:

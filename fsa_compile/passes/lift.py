@@ -24,7 +24,7 @@ from ..report import ReasonKind
 from . import expr as x
 from .expr import Expr
 from .layout import Layout, find_layout
-from .reader import Coords, Reader, Step, dtype, op_name
+from .reader import Coords, Reader, Step, dtype, is_real, is_tensor, op_name
 from .refusal import Refusal
 from .smt import solve
 
@@ -156,7 +156,7 @@ def lift(r: Reader, softmax: Node, contraction: Node, replaceable: frozenset[Nod
     found = False
     for anchor in _anchors(r, contraction, replaceable):
         try:
-            raw = _normal_form(r, softmax, anchor)
+            raw = _normal_form(r, softmax, contraction, anchor)
             for form in _cut(r, softmax, anchor, raw, replaceable):
                 found = True
                 yield form
@@ -225,7 +225,7 @@ def _terms(e: Expr, k: float = 1.0) -> list[tuple[float, Expr]]:
     return [(k, e)]
 
 
-def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
+def _normal_form(r: Reader, softmax: Node, contraction: Node, anchor: _Anchor) -> _Raw:
     factor, _, e = _strip(r.read(anchor.node, anchor.real))
     if e.op != "dot":
         raise Refusal(ReasonKind.NOT_ATTENTION, f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}")
@@ -256,6 +256,7 @@ def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
         raise Refusal(ReasonKind.LOGITS, "both factors of the logits depend on the key")
     (kn, kc), (qn, qc) = operands[keyed[0]], operands[1 - keyed[0]]
     assert kn is not None and qn is not None
+    _no_narrower_cast(contraction, (qn, kn, value_node))
     rows = visible.free.union(*(c.free for c in (*coords, *qc)))
     spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
     if len(spare) != 1:
@@ -265,6 +266,32 @@ def _normal_form(r: Reader, softmax: Node, anchor: _Anchor) -> _Raw:
         additive=additive, scale=scale, q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
         zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
     )  # fmt: skip
+
+
+def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> None:
+    """Refuses if logits or probabilities are rounded to less than the operands hold: the op would not round.
+
+    Raises:
+        Refusal: Of kind DTYPE.
+    """
+    coarsest = max(torch.finfo(dtype(n)).eps for n in operands)
+    between: dict[Node, bool] = {}
+
+    def holds_operand(n: Node) -> bool:
+        """Whether a node depends on an operand through real values; remembered in `between`."""
+        if n in operands:
+            return True
+        if n not in between:
+            between[n] = False
+            between[n] = any([holds_operand(a) for a in n.all_input_nodes if is_tensor(a) and is_real(a)])
+        return between[n]
+
+    for a in contraction.all_input_nodes:
+        if is_tensor(a):
+            holds_operand(a)
+    for n, inside in between.items():
+        if inside and torch.finfo(dtype(n)).eps > coarsest:
+            raise Refusal(ReasonKind.DTYPE, f"logits or probabilities are rounded to {dtype(n)}, less than queries, keys and values hold")
 
 
 def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:
@@ -320,39 +347,42 @@ def _key_variable(
 def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, frozenset[float], bool, float, Expr]:
     """Split the cases of a logit into scale * <q, k> and constant fills, which may be added to the product.
 
-    Terms free of the key shift a whole row and drop out of the softmax.
+    Terms free of the key shift a whole row and drop out of the softmax, if every visible key of the row gets them.
     """
     additive = False
     visible: list[Expr] = []
     fills: set[float] = set()
     products: set[tuple[float, Expr]] = set()
+    shifts: set[tuple[float, frozenset[tuple[float, Expr]]]] = set()
     for condition, leaf in x.cases(logit):
         terms = _terms(leaf)
         shift = sum(k * t.args[0] for k, t in terms if t.op == "const")
-        data = [(k, t) for k, t in terms if t.op != "const" and (jv in t.free or len(terms) == 1)]
+        data = [(k, t) for k, t in terms if t.op != "const"]
         if shift <= threshold:
             fills.add(shift)
             additive |= bool(data)
             continue
         if shift < 0 and not data:
             raise Refusal(ReasonKind.FILL, f"masked logits get {shift:g}, which leaks probability: only -inf, finfo.min or <= -1e9 mask")
-        if any(t.op != "dot" for _, t in data) or len(data) != 1 or shift != 0:
-            other = next((t for _, t in data if t.op != "dot"), None)
-            raise Refusal(ReasonKind.LOGITS, _logit_text(other, shift, data))
-        products.add(data[0])
+        keyed = [(k, t) for k, t in data if jv in t.free]
+        if any(t.op != "dot" for _, t in keyed) or len(keyed) != 1:
+            other = next((t for _, t in keyed if t.op != "dot"), None)
+            raise Refusal(ReasonKind.LOGITS, _logit_text(other, keyed))
+        products.add(keyed[0])
+        shifts.add((shift, frozenset(t for t in data if t not in keyed)))
         visible.append(condition)
     if len(products) != 1:
         raise Refusal(ReasonKind.LOGITS, f"the logits hold {len(products)} different products of queries and keys")
+    if len(shifts) != 1:
+        raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
     ((scale, product),) = products
     return x.disj(*visible), frozenset(fills), additive, scale, product
 
 
-def _logit_text(other: Expr | None, shift: float, data: list[tuple[float, Expr]]) -> str:
+def _logit_text(other: Expr | None, keyed: list[tuple[float, Expr]]) -> str:
     if other is not None and other.op == "load":
         return f"a run-time value ({other.args[0]}) stands in the logits beside scale * <q, k>"
-    if shift != 0:
-        return f"a constant {shift:g} is added to the logits of some keys"
-    if len(data) > 1:
+    if len(keyed) > 1:
         return "the logits are a sum of several products"
     return "the logits are not scale * <q, k>"
 

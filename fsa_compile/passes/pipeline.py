@@ -23,7 +23,7 @@ from .reader import Reader
 from .refusal import Refusal
 from .rewrite import Emission, Rewriter
 from .shadow import Shadow, trace
-from .sites import SiteNodes, find_sites
+from .sites import SiteNodes, find_sites, unmatched_weights
 
 
 T = TypeVar("T")
@@ -97,7 +97,11 @@ def _analyse(gm: GraphModule, options: Options, clock: _Clock) -> tuple[list[_Ju
     reader = Reader(shadow.graph_module)
     prover = Prover(reader, options.proof_seconds)
     candidates = [p for p in registered() if not _disabled(p.name, options)]
-    judged = [_judge(reader, shadow, nodes, candidates, prover, options) for nodes in find_sites(reader)]
+    sites = list(find_sites(reader))
+    judged = [_judge(reader, shadow, nodes, candidates, prover, options) for nodes in sites]
+    for nodes in unmatched_weights(reader, sites):
+        text = "an exponential is contracted like a softmax, but is not divided by its own sum in a form that is known"
+        judged.append(_Judged(_site(shadow, nodes).refuse(Reason(ReasonKind.NOT_ATTENTION, text))))
     clock.lap("lift and prove")
     return judged, reader
 
@@ -132,15 +136,20 @@ def _internal(fault: Exception) -> Reason:
     return Reason(ReasonKind.INTERNAL, f"fault of fsa_compile: {type(fault).__name__}: {fault}")
 
 
+def _site(shadow: Shadow, nodes: SiteNodes) -> Site:
+    """The site as the report names it, nothing decided yet."""
+    last = _dynamo_node(shadow, nodes.contraction)
+    return Site(
+        role="unknown", verdict=Verdict.REFUSED, source=dg.source_of(last) if last is not None else "?",
+        node=last.name if last is not None else nodes.contraction.name, module=dg.module_of(last) if last is not None else "",
+    )  # fmt: skip
+
+
 def _judge(
     r: Reader, shadow: Shadow, nodes: SiteNodes, candidates: Sequence[Pattern], prover: Prover, options: Options
 ) -> _Judged:
     """The verdict on one site."""
-    last = _dynamo_node(shadow, nodes.contraction)
-    site = Site(
-        role="unknown", verdict=Verdict.REFUSED, source=dg.source_of(last) if last is not None else "?",
-        node=last.name if last is not None else nodes.contraction.name, module=dg.module_of(last) if last is not None else "",
-    )  # fmt: skip
+    site = _site(shadow, nodes)
     match: Match | None = None
     try:
         match = classify(r, nodes, frozenset(shadow.standing_for), candidates, prover, needs_grad(shadow, nodes.contraction))

@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import expr as x
+from . import handmade
 from .expr import Expr
 from .sizes import Sizes
 
@@ -183,7 +184,7 @@ class Reader:
         """For each integer or truth that depends on data: the nodes that were read as it, outermost first."""
         self._memo: dict[tuple, Expr] = {}
         self._shapes: dict[Node, tuple[Expr, ...]] = {}
-        self._handmade: dict[Node, tuple[Node, int] | None] = {}
+        self._handmade: dict[Node, handmade.Normalised | None] = {}
 
     # -- sizes
     def shape(self, n: Node) -> tuple[Expr, ...]:
@@ -259,14 +260,12 @@ class Reader:
         rule = MOVES.get(name)
         if rule is None or name == "detach" and is_real(n) and mode is not Mode.VALUE:
             return None
-        if name in CASTS and mode is not Mode.OPERAND and dtype(n) != dtype(n.args[0]):
-            return None
         step = rule(self, n, coords)
-        if step is None:
-            return None
-        a, b = dtype(n), dtype(step.source)
-        same_kind = a == b or (a.is_floating_point and b.is_floating_point)
-        return step if same_kind else None
+        if step is None or dtype(n) == dtype(step.source):
+            return step
+        # Another dtype is another value, but for an operand: the rewrite repeats the casts of those.
+        both_real = is_real(n) and is_real(step.source)
+        return step if name in CASTS and both_real and mode is Mode.OPERAND else None
 
     def leaf(self, n: Node, coords: Coords) -> Expr:
         if dtype(n) == torch.bool:
@@ -310,8 +309,8 @@ class Reader:
         if name in ("mul", "div"):
             return self.handmade_softmax(n) is not None or _constant_factor(n) is not None
         if name in ("masked_fill", "where"):
-            source = n.args[0] if name == "masked_fill" else n.args[1]
-            return is_tensor(source) and self.is_probability(source)
+            sources = n.args[:1] if name == "masked_fill" else n.args[1:]
+            return any(is_tensor(a) and self.is_probability(a) for a in sources)
         return name in (*SOFTMAXES, "nan_to_num", "getitem")
 
     def is_probability(self, n: Node) -> bool:
@@ -319,9 +318,10 @@ class Reader:
         name = op_name(n)
         if name in SOFTMAXES or name == "div" and self.handmade_softmax(n) is not None:
             return True
-        through = name in MOVES or name in ("nan_to_num", "masked_fill", "where")
-        source = n.args[1 if name == "where" else 0] if through else None
-        return is_tensor(source) and self.is_probability(source)
+        if name == "where":
+            return any(is_tensor(a) and self.is_probability(a) for a in n.args[1:])
+        through = name in MOVES or name in ("nan_to_num", "masked_fill")
+        return through and is_tensor(n.args[0]) and self.is_probability(n.args[0])
 
     def chain(self, n: Node, coords: Coords) -> list[Step]:
         """The same element at every depth: along single-source moves and constant factors, shallowest first."""
@@ -364,13 +364,19 @@ class Reader:
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
-        """``e / e.sum(d, keepdim=True)`` with ``e = exp(y)``: (y, d), or None."""
+        """Whether the division `n` normalises weights ``e = exp(y)``: (e, axis), or None. See `softmax.py`."""
         if n not in self._handmade:
-            self._handmade[n] = _match_handmade(n)
-        return self._handmade[n]
+            self._handmade[n] = handmade.match(self, n)
+        found = self._handmade[n]
+        return None if found is None else (found.weights, found.axis)
+
+    def divides_sum(self, n: Node) -> bool:
+        """Whether the division `n` normalises after the values were summed: ``(e @ v) / e.sum()``."""
+        found = self._handmade.get(n)
+        return found is not None and found.deferred
 
     def softmax_axis(self, n: Node) -> tuple[Node, int]:
-        """What a softmax node normalises: (logits, axis). For SDPA the node itself and its key axis."""
+        """What a softmax node normalises: (logits or weights, axis). For SDPA the node itself and its key axis."""
         name = op_name(n)
         if name == "div":
             found = self.handmade_softmax(n)
@@ -382,11 +388,13 @@ class Reader:
 
     def logit(self, n: Node, coords: Coords) -> Expr:
         """The logit behind element `coords` of the probabilities of node `n`."""
-        if op_name(n) == "scaled_dot_product_attention":
+        name = op_name(n)
+        if name == "scaled_dot_product_attention":
             from .rules.contraction import sdpa_logit
 
             return sdpa_logit(self, n, coords)
-        return self.read(self.softmax_axis(n)[0], coords, Mode.FORMULA)
+        source, _ = self.softmax_axis(n)
+        return handmade.logit(self, source, coords) if name == "div" else self.read(source, coords, Mode.FORMULA)
 
     def contraction(self, variables: Sequence[Expr], factors: Sequence[tuple[Node | None, Coords, Expr]]) -> Expr:
         """``sum over variables of the product of the factors``, remembered with its operands."""
@@ -425,29 +433,6 @@ def _constant_factor(n: Node) -> tuple[Node, float] | None:
     if isinstance(b, Node) and isinstance(a, (int, float)) and op_name(n) == "mul":
         return b, float(a)
     return None
-
-
-def _match_handmade(n: Node) -> tuple[Node, int] | None:
-    if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
-        return None
-    e, total = n.args[:2]
-    restored = None  # the dimension that an unsqueeze puts back
-    while op_name(total) in ("expand", "unsqueeze"):
-        if op_name(total) == "unsqueeze":
-            if restored is not None:
-                return None
-            restored = axis(total.args[1], rank(total))
-        total = total.args[0]
-    if op_name(total) != "sum" or total.args[0] is not e or op_name(e) != "exp":
-        return None
-    dims = argument(total, 1, "dim")
-    if isinstance(dims, int):
-        dims = [dims]
-    if not dims or len(dims) != 1:
-        return None
-    d = axis(dims[0], rank(e))
-    keepdim = bool(argument(total, 2, "keepdim", False))
-    return (e.args[0], d) if (keepdim and restored is None) or (not keepdim and restored == d) else None
 
 
 def _small_constant(gm: GraphModule, n: Node) -> Any:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dynamo_graph as dg
 
@@ -94,6 +94,22 @@ class _Recorder(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.inside, self.inputs = inside, inputs
         self.made: list[tuple[Node, torch.Tensor]] = []
+
+    def run_node(self, n: Node) -> Any:
+        if dg.target_name(n) in dg.CONTRACTIONS and isinstance(dg.value(n), torch.Tensor):
+            return self._contract(n, dg.value(n).dtype)  # type: ignore[union-attr]
+        return super().run_node(n)
+
+    def _contract(self, n: Node, recorded: torch.dtype) -> Any:
+        """A contraction with the casts that autocast makes: below the pre-dispatch mode it makes none."""
+
+        def cast(a: Any) -> Any:
+            real = isinstance(a, torch.Tensor) and a.is_floating_point() and recorded.is_floating_point
+            return a.to(recorded) if real and a.dtype != recorded else a
+
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = tree_map(cast, (args, kwargs))
+        return getattr(self, n.op)(n.target, args, kwargs)
 
     def trace(self, *args: Any) -> tuple[torch.Tensor, ...]:
         self.env = dict(zip(self.inputs, args))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -12,7 +12,7 @@ from .reader import SOFTMAXES, Reader, argument, is_real, is_tensor, op_name
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 _TRANSPARENT = frozenset(
     "view reshape _unsafe_view permute transpose clone contiguous squeeze unsqueeze alias _to_copy to dropout "
-    "native_dropout nan_to_num masked_fill where mul getitem expand slice flatten unflatten detach type_as".split()
+    "native_dropout nan_to_num masked_fill where mul div getitem expand slice flatten unflatten detach type_as".split()
 )
 """What may stand between probabilities and their contraction; the reader decides whether it is harmless."""
 
@@ -37,9 +37,26 @@ def find_sites(r: Reader) -> Iterator[SiteNodes]:
             continue
         if name == "scaled_dot_product_attention":
             yield SiteNodes(n, n)
+        elif name == "div" and r.handmade_softmax(n) is not None and r.divides_sum(n):
+            yield SiteNodes(n, n)
         elif name in SOFTMAXES or name == "div" and r.handmade_softmax(n) is not None:
             for c in _contractions(n):
                 yield SiteNodes(n, c)
+
+
+def unmatched_weights(r: Reader, sites: Sequence[SiteNodes]) -> Iterator[SiteNodes]:
+    """Exponentials that reach a contraction outside of every site: softmaxes in a form that is not known.
+
+    Args:
+        r: Reader of the shadow graph.
+        sites: What `find_sites` found.
+    """
+    known = {s.contraction for s in sites} | {s.softmax.args[0] for s in sites}
+    for n in r.graph_module.graph.nodes:
+        if op_name(n) == "exp" and is_tensor(n) and n.meta["val"].dim() >= 2:
+            for c in _contractions(n):
+                if c not in known:
+                    yield SiteNodes(n, c)
 
 
 def _contractions(n: Node) -> list[Node]:

@@ -124,7 +124,8 @@ class Translator:
         return self.term(e.args[0]) == 0
 
     def _predicate(self, e: Expr) -> Any:
-        return self.call(("predicate", e.args[0]), e.args[1], z3.BoolSort())
+        key, args = closure(e)
+        return self.call(key, args, z3.BoolSort())
 
     def _exists(self, e: Expr) -> Any:
         key, args = closure(e)

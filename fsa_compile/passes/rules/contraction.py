@@ -80,6 +80,31 @@ def _softmax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.softmax(n.name, c)
 
 
+def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
+    """``(e @ v) / e.sum()``: the contraction of the probabilities with v, if the sum is that of the same row."""
+    numerator, total = n.args[:2]
+    weights, d = r.softmax_axis(n)
+    product = r.read(numerator, r.align(numerator, c))
+    factors = r.operands.get(product, ())
+    position = next((k for k, (node, _) in enumerate(factors) if node is weights), None)
+    if product.op != "dot" or len(factors) != 2 or position is None:
+        return None
+    at = factors[position][1]
+    if [v for v in product.args[0]] != [x.as_var(at[d])]:
+        return None
+    # The row of the sum, read down to the sum itself.
+    steps = [s for s in r.chain(total, r.align(total, c)) if op_name(s.node) == "sum"]
+    if not steps or steps[0].guard is not x.TRUE:
+        return None
+    row = steps[0].coords
+    keepdim = len(row) == rank(weights)
+    if row != (at[:d] + (x.ZERO,) + at[d + 1 :] if keepdim else at[:d] + at[d + 1 :]):
+        return None
+    other, where = factors[1 - position]
+    assert other is not None
+    return r.contraction([at[d]], [(None, (), x.softmax(n.name, at)), operand(r, other, where)])
+
+
 @values("scaled_dot_product_attention")
 def _sdpa(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if argument(n, 4, "dropout_p", 0.0):

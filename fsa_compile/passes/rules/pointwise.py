@@ -10,6 +10,7 @@ from torch.fx import Node
 from .. import expr as x
 from ..expr import Expr
 from ..reader import Coords, Mode, Reader, argument, dtype, is_int, is_real, is_tensor, literal, op_name, values
+from .contraction import deferred_softmax
 
 
 @values("arange")
@@ -49,11 +50,20 @@ def _full(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return r.coerce(n, r.read(v, ())) if is_tensor(v) and not r.shape(v) else None
 
 
+@values("detach")
+def _detach(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Of constants: they have no gradient to lose. Other data stay opaque where gradients flow."""
+    e = r.read(n.args[0], c, Mode.VALUE)
+    return e if all(t.op == "const" for _, t in x.cases(e)) else None
+
+
 @values("where")
 def _where(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if len(n.args) != 3:
         return None
     cond, a, b = (r.operand(n, v, c, m) for v in n.args)
+    if b.op == "softmax" and cond is _nan(b) and x.constant_real(a) == 0:
+        return x.opaque("nan_to_0", b)
     return x.select(x.truth(cond), r.coerce(n, a), r.coerce(n, b))
 
 
@@ -226,7 +236,7 @@ def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("div", "true_divide", "divide")
 def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if r.handmade_softmax(n) is not None:
-        return x.softmax(n.name, c)
+        return deferred_softmax(r, n, c) if r.divides_sum(n) else x.softmax(n.name, c)
     if n.kwargs.get("rounding_mode") == "floor" and is_int(n):
         return _floor_divide(r, n, c, m)
     if n.kwargs.get("rounding_mode") is not None or not is_real(n):
@@ -279,6 +289,28 @@ def _extremum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         return None
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
     return x.select(x.at_least(a, b), *((a, b) if op_name(n) == "maximum" else (b, a)))
+
+
+def _nan(e: Expr) -> Expr:
+    return x.predicate("isnan", (e,))
+
+
+@values("isnan")
+def _isnan(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Only of a probability, to see that it is replaced; it decides nothing else."""
+    if not r.is_probability(n.args[0]):
+        return None
+    a = r.read(n.args[0], c, Mode.FORMULA)
+    return _nan(a) if a.op == "softmax" else None
+
+
+@values("log")
+def _log(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Of a mask: 0 where it is one, -inf where it is zero."""
+    a = r.read(n.args[0], c, m)
+    if any(t.op != "const" or t.args[0] not in (0, 1) for _, t in x.cases(a)):
+        return None
+    return x.map_cases(a, lambda t: x.real(0 if t.args[0] else -math.inf))
 
 
 @values("nan_to_num")

@@ -1,0 +1,137 @@
+"""Softmaxes written by hand: weights ``e = exp(y)``, perhaps masked, divided by their sum, before or after ``@ v``.
+
+A weight of zero is a logit of -inf, so the logit of a masked weight is a case tree: ``y`` where the mask lets it through.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from . import expr as x
+from .expr import Expr
+
+if TYPE_CHECKING:
+    from .reader import Coords, Reader
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A division by the sum of weights.
+
+    Attributes:
+        weights: The node e.
+        axis: Which of its axes is summed.
+        deferred: Whether the division comes after the contraction with the values.
+    """
+
+    weights: Node
+    axis: int
+    deferred: bool
+
+
+def match(r: Reader, n: Node) -> Normalised | None:
+    """The weights that the division `n` normalises, or None if it is another division."""
+    from .reader import is_tensor, op_name
+
+    if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
+        return None
+    numerator, total = n.args[:2]
+    found = _total(total)
+    if found is None:
+        return None
+    weights, axis, kept = found
+    if not is_weights(weights):
+        return None
+    if numerator is weights:
+        return Normalised(weights, axis, deferred=False) if kept else None
+    return Normalised(weights, axis, deferred=True) if _contracts(numerator, weights) else None
+
+
+def _total(total: Node) -> tuple[Node, int, bool] | None:
+    """``e.sum(d)``: (e, d, whether the axis is kept or put back)."""
+    from .reader import argument, axis, op_name, rank
+
+    restored = None  # the dimension that an unsqueeze puts back
+    while op_name(total) in ("expand", "unsqueeze"):
+        if op_name(total) == "unsqueeze":
+            if restored is not None:
+                return None
+            restored = axis(total.args[1], rank(total))
+        total = total.args[0]
+    if op_name(total) != "sum":
+        return None
+    weights, dims = total.args[0], argument(total, 1, "dim")
+    if isinstance(dims, int):
+        dims = [dims]
+    if not dims or len(dims) != 1:
+        return None
+    d = axis(dims[0], rank(weights))
+    keepdim = bool(argument(total, 2, "keepdim", False))
+    return weights, d, keepdim != (restored == d)
+
+
+def is_weights(n: Node) -> bool:
+    """Whether a node is exp of something, moved or masked to zero."""
+    from .reader import MOVES, is_tensor, op_name
+
+    name = op_name(n)
+    if name == "exp":
+        return True
+    if name in ("mul", "where"):
+        return any(is_tensor(a) and is_weights(a) for a in n.args)
+    return (name == "masked_fill" or name in MOVES) and is_tensor(n.args[0]) and is_weights(n.args[0])
+
+
+def _contracts(n: Node, weights: Node) -> bool:
+    from .reader import op_name
+
+    if op_name(n) not in ("matmul", "bmm", "einsum"):
+        return False
+    operands = n.args[1] if op_name(n) == "einsum" else n.args
+    return any(a is weights for a in operands)
+
+
+def logit(r: Reader, n: Node, c: Coords) -> Expr:
+    """The logit behind element `c` of the weights `n`.
+
+    Raises:
+        Unreadable: If the weights are masked by something that is not zero or one.
+    """
+    from .reader import Mode, Unreadable, is_tensor, op_name
+
+    name = op_name(n)
+    if name == "exp":
+        return r.read(n.args[0], c, Mode.FORMULA)
+    if name == "masked_fill" and x.constant_real(r.operand(n, n.args[2], c, Mode.VALUE)) == 0:
+        return x.select(x.truth(r.operand(n, n.args[1], c, Mode.VALUE)), x.real(-math.inf), logit(r, n.args[0], c))
+    if name == "where":
+        cond, a, b = n.args
+        left, right = (logit(r, v, r.align(v, c)) if is_tensor(v) and is_weights(v) else _zero(r, n, v, c) for v in (a, b))
+        return x.select(x.truth(r.operand(n, cond, c, Mode.VALUE)), left, right)
+    if name == "mul":
+        e, mask = n.args[:2] if is_tensor(n.args[0]) and is_weights(n.args[0]) else n.args[1::-1]
+        inner = logit(r, e, r.align(e, c))
+
+        def leaf(t: Expr) -> Expr:
+            # Adding -inf, not replacing by it: the gradient of a masked weight is a product with zero, NaN for an empty row.
+            if t.op != "const" or t.args[0] not in (0, 1):
+                raise Unreadable(f"{n.name}: weights multiplied by something that is not a mask")
+            return inner if t.args[0] else x.add_to_infinity(inner)
+
+        return x.map_cases(r.coerce(n, r.operand(n, mask, c, Mode.VALUE)), leaf)
+    step = r.move(n, c, Mode.FORMULA)
+    if step is None or step.guard is not x.TRUE:
+        raise Unreadable(f"{n.name}: weights of a hand-made softmax")
+    return logit(r, step.source, step.coords)
+
+
+def _zero(r: Reader, n: Node, v: object, c: Coords) -> Expr:
+    from .reader import Mode, Unreadable
+
+    if x.constant_real(r.coerce(n, r.operand(n, v, c, Mode.VALUE))) != 0:
+        raise Unreadable(f"{n.name}: weights replaced by something that is not zero")
+    return x.real(-math.inf)
