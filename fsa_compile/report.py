@@ -32,6 +32,8 @@ class ReasonKind(str, enum.Enum):
 
     NOT_ATTENTION = "not_attention"
     """The softmax is not between two contractions of the attention form."""
+    NOT_SPARSE = "not_sparse"
+    """Full or causal attention: the inner compiler has kernels for it."""
     UNSUPPORTED_OP = "unsupported_op"
     """The region holds an operation without a reading rule."""
     LOGITS = "logits"

@@ -11,9 +11,11 @@ from torch.fx import Node
 from ..registry.pattern import Candidate, Pattern
 from ..report import Proof, ReasonKind
 from . import expr as x
+from .attention_form import AttentionForm
 from .evaluate import DataDependent
 from .form_view import FormView
-from .lift import SAFE, AttentionForm, lift
+from .lift import lift
+from .normal_form import SAFE
 from .prove import Prover
 from .reader import Reader, op_name
 from .refusal import Refusal

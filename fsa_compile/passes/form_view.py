@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import expr as x
+from .attention_form import AttentionForm
 from .evaluate import DataDependent, at_point
 from .expr import Expr
-from .lift import AttentionForm
 from .reader import Reader
 
 

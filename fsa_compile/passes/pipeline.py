@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
 from typing import TypeVar
 
 from torch.fx import GraphModule, Node
@@ -24,7 +24,6 @@ from .refusal import Refusal
 from .rewrite import Emission, Rewriter
 from .shadow import Shadow, trace
 from .sites import SiteNodes, find_sites, unmatched_weights
-
 
 T = TypeVar("T")
 
@@ -98,7 +97,7 @@ def _analyse(gm: GraphModule, options: Options, clock: _Clock) -> tuple[list[_Ju
     prover = Prover(reader, options.proof_seconds)
     candidates = [p for p in registered() if not _disabled(p.name, options)]
     sites = list(find_sites(reader))
-    judged = [_judge(reader, shadow, nodes, candidates, prover, options) for nodes in sites]
+    judged = _judge_all(reader, shadow, sites, candidates, prover, options)
     for nodes in unmatched_weights(reader, sites):
         text = "an exponential is contracted like a softmax, but is not divided by its own sum in a form that is known"
         judged.append(_Judged(_site(shadow, nodes).refuse(Reason(ReasonKind.NOT_ATTENTION, text))))
@@ -145,6 +144,32 @@ def _site(shadow: Shadow, nodes: SiteNodes) -> Site:
     )  # fmt: skip
 
 
+UNROLLED = 8
+"""From so many sites on one line of one module on, a loop is unrolled."""
+
+
+def _judge_all(
+    r: Reader, shadow: Shadow, sites: Sequence[SiteNodes], candidates: Sequence[Pattern], prover: Prover, options: Options
+) -> list[_Judged]:
+    """The verdicts on all sites. Of an unrolled loop only the first turn is analysed, unless that can be rewritten."""
+    blank = [_site(shadow, nodes) for nodes in sites]
+    turns = Counter((s.source, s.module) for s in blank)
+    unrolled: dict[tuple[str, str], bool] = {}
+    judged = []
+    for site, nodes in zip(blank, sites):
+        line = (site.source, site.module)
+        if not unrolled.get(line):
+            judged.append(_judge(r, shadow, nodes, candidates, prover, options))
+            if line not in unrolled:
+                unrolled[line] = turns[line] >= UNROLLED and judged[-1].match is None
+            if not unrolled[line]:
+                continue
+            judged.pop()
+        text = f"a Python loop over queries or heads, unrolled {turns[line]} times: write it as one batched attention"
+        judged.append(_Judged(site.refuse(Reason(ReasonKind.UNROLLED_LOOP, text))))
+    return judged
+
+
 def _judge(
     r: Reader, shadow: Shadow, nodes: SiteNodes, candidates: Sequence[Pattern], prover: Prover, options: Options
 ) -> _Judged:
@@ -155,8 +180,8 @@ def _judge(
         match = classify(r, nodes, frozenset(shadow.standing_for), candidates, prover, needs_grad(shadow, nodes.contraction))
         site = _with(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)
         if not match.pattern.rewrites:
-            text = f"{match.pattern.name} attention: the inner compiler has it"
-            return _Judged(_with(site, verdict=Verdict.LEFT, reason=Reason(ReasonKind.NOT_ATTENTION, text)))
+            text = f"{match.pattern.name} attention: left to the inner compiler"
+            return _Judged(_with(site, verdict=Verdict.LEFT, reason=Reason(ReasonKind.NOT_SPARSE, text)))
         placement = place(r, shadow, match)
         weigh(r, match, placement, always=options.profit == "always")
         return _Judged(_with(site, verdict=Verdict.REWRITTEN), match, placement)

@@ -1,0 +1,157 @@
+"""Naming batch, heads and queries, and choosing how deep to take Q, K and V.
+
+A cut below a `repeat_interleave` finds the grouped key heads; one above a tile, a roll or a flip keeps the user's tensor as
+the operand, which is sound too. So the deepest cut at which K and V agree is taken first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from ..report import ReasonKind
+from . import expr as x
+from .attention_form import AttentionForm, Operand
+from .expr import Expr
+from .layout import Layout, find_layout
+from .normal_form import Anchor, NormalForm
+from .reader import Reader, Step, dtype, op_name
+from .refusal import Refusal
+
+
+def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: frozenset[Node]) -> Iterator[AttentionForm]:
+    """Name batch, heads and queries, and choose how deep to take Q, K and V."""
+    rows = [o for o in raw.coords if o is not raw.value_dim]
+    keys = [s for s in reversed(r.chain(*raw.k)) if s.node in replaceable and raw.d in s.coords]
+    vals = [s for s in reversed(r.chain(*raw.v)) if s.node in replaceable and raw.value_dim in s.coords and s.factor == 1]
+    queries = [s for s in reversed(r.chain(*raw.q)) if s.node in replaceable and raw.d in s.coords]
+    heads_wrong = None
+    found = False
+    for b, h, i in _assignments(raw, rows):
+        size = {o: s for o, s in zip(anchor.coords, anchor.sizes)}
+        hq = x.constant(size.get(h, x.ONE)) if h is not x.ZERO else 1
+        if hq is None:
+            continue
+        bs, ns = (size[o] if o is not x.ZERO else x.ONE for o in (b, i))
+        dv = size[raw.value_dim]
+        for ks, vs in itertools.product(keys, vals):
+            key = _key_coordinate(ks, raw)
+            if key is None or key is not _key_coordinate(vs, raw):
+                continue
+            length = r.shape(ks.node)[ks.coords.index(key)]
+            if r.shape(vs.node)[vs.coords.index(key)] is not length:
+                continue
+            pair = _head_layouts(r, ks, vs, (b, h, key), (bs, hq, length), raw, dv)
+            if pair is None:
+                heads_wrong = heads_wrong or _other_head_map(r, ks, (b, h, key), (bs, length), raw)
+                continue
+            kv_heads, kl, vl, dk = pair
+            for qs in queries:
+                ql = find_layout(qs.coords, r.shape(qs.node), (b, h, i, raw.d), (bs, x.integer(hq), ns, dk))
+                if ql is None or qs.guard is not x.TRUE:
+                    continue
+                out = find_layout(anchor.real, r.shape(anchor.node), (b, h, i, raw.value_dim), (bs, x.integer(hq), ns, dv))
+                if out is None:
+                    out = _grouped_layout(anchor, (b, h, i, raw.value_dim))
+                if out is None:
+                    continue
+                found = True
+                yield AttentionForm(
+                    softmax=softmax.name, output=anchor.node.name, output_layout=out, b=b, h=h, i=i, j=raw.j,
+                    sizes=(bs, x.integer(hq), ns, dk, dv), width=raw.width, visible=raw.visible, fills=raw.fills,
+                    additive=raw.additive,
+                    scale=raw.scale * qs.factor * ks.factor, key=key, guard=x.conj(ks.guard, vs.guard), keys=length,
+                    kv_heads=kv_heads, q=Operand(qs.node.name, ql, dtype(raw.q[0])),
+                    k=Operand(ks.node.name, kl, dtype(raw.k[0])), v=Operand(vs.node.name, vl, dtype(raw.v[0])),
+                    zero_rows=raw.zero_rows,
+                )  # fmt: skip
+                break
+            else:
+                raise Refusal(ReasonKind.OPERANDS, "the queries have no view as (batch, heads, queries, head dim)")
+    if not found:
+        if heads_wrong is not None:
+            raise Refusal(ReasonKind.HEAD_MAP, f"query head h reads key/value head {x.show(heads_wrong)}, which is not h // G")
+        raise _different_places(r, raw)
+
+
+def _other_head_map(
+    r: Reader, ks: Step, where: tuple[Expr, Expr, Expr], extent: tuple[Expr, Expr], raw: NormalForm
+) -> Expr | None:
+    """The key/value head that the query head reads, if that is the only thing that does not fit."""
+    b, h, key = where
+    shape = r.shape(ks.node)
+    d = x.as_var(raw.d)
+    for c, size in zip(ks.coords, shape):
+        if c is not key and d is not None and x.as_var(h) in c.free and not any(t.op == "apply" for t in x.walk(c)):
+            if find_layout(ks.coords, shape, (b, c, key, raw.d), (extent[0], size, extent[1], d.args[1])) is not None:
+                return c
+    return None
+
+
+def _different_places(r: Reader, raw: NormalForm) -> Refusal:
+    """Why no cut of K and V fits."""
+    deepest_k, deepest_v = r.chain(*raw.k)[-1], r.chain(*raw.v)[-1]
+    if op_name(deepest_k.node) in ("mul", "multiply") and deepest_v.node is not deepest_k.node:
+        gathered = any(t.op == "apply" for c in deepest_v.coords for t in x.walk(c))
+        if gathered:
+            return Refusal(
+                ReasonKind.GRADIENT,
+                "the gathered keys are multiplied by run-time factors before the logits; the op would drop them and their gradient",
+            )
+    return Refusal(
+        ReasonKind.OPERANDS, "the keys that the logits see and the values that are summed do not come from one place in one order"
+    )
+
+
+def _grouped_layout(anchor: Anchor, targets: tuple[Expr, ...]) -> Layout | None:
+    """Layout of a five-dimensional output whose heads are two dimensions: described after folding them."""
+    if len(anchor.real) != 5:
+        return None
+    order = [next(k for k, t in enumerate(targets) if t is o) for o in anchor.coords]
+    return Layout(tuple((k,) for k in order), 4) if sorted(order) == [0, 1, 2, 3] else None
+
+
+def _assignments(raw: NormalForm, rows: list[Expr]) -> Iterator[tuple[Expr, Expr, Expr]]:
+    """(b, h, i) in the order in which they are likely: the query is compared with the key in the mask."""
+    jv = x.as_var(raw.j)
+    paired: set[Expr] = set()
+    for t in x.walk(raw.visible):
+        if t.op in ("ge", "eq") and jv in t.free:
+            paired |= t.free
+    ranked = sorted(
+        itertools.permutations(rows), key=lambda p: (x.as_var(p[2]) not in paired, [rows.index(o) for o in p])
+    )
+    seen = set()
+    for p in ranked:
+        if p not in seen:
+            seen.add(p)
+            yield p  # type: ignore[misc]
+
+
+def _key_coordinate(s: Step, raw: NormalForm) -> Expr | None:
+    jv = x.as_var(raw.j)
+    with_key = [c for c in s.coords if jv in c.free]
+    return with_key[0] if len(with_key) == 1 else None
+
+
+def _head_layouts(
+    r: Reader, ks: Step, vs: Step, where: tuple[Expr, Expr, Expr], extent: tuple[Expr, int, Expr], raw: NormalForm, dv: Expr
+) -> tuple[int, Layout, Layout, Expr] | None:
+    """The largest group size under which both K and V are (b, h // G, key, d): (kv heads, layouts, dk)."""
+    b, h, key = where
+    bs, hq, length = extent
+    d = x.as_var(raw.d)
+    assert d is not None
+    dk = d.args[1]
+    for kv_heads in range(1, hq + 1):
+        if hq % kv_heads:
+            continue
+        kv = x.floordiv(h, hq // kv_heads)
+        lead = (bs, x.integer(kv_heads), length)
+        kl = find_layout(ks.coords, r.shape(ks.node), (b, kv, key, raw.d), (*lead, dk))
+        vl = find_layout(vs.coords, r.shape(vs.node), (b, kv, key, raw.value_dim), (*lead, dv))
+        if kl is not None and vl is not None:
+            return kv_heads, kl, vl, dk
+    return None

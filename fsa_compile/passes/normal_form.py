@@ -1,0 +1,245 @@
+"""One contraction of probabilities and values, read down to scale * <q, k>, a mask and fills.
+
+Batch and heads have no names yet: that is `cut.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ..report import ReasonKind
+from . import expr as x
+from .expr import Expr
+from .reader import Coords, Reader, dtype, is_real, is_tensor, op_name
+from .refusal import Refusal
+from .smt import solve
+
+SAFE = ("scaled_dot_product_attention", "_safe_softmax")
+"""Softmaxes that give zeros, not NaN, for a row of -inf."""
+
+
+def negligible(dt: torch.dtype) -> float:
+    """A finite fill at or below this counts as -inf: -1e9, or a tenth of finfo.min where that is less (float16)."""
+    return max(-1e9, torch.finfo(dt).min / 10)
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """Lifted, but not yet cut: what is known before heads and batch have names.
+
+    Attributes:
+        coords: The four virtual coordinates of the output; `value_dim` is the one that belongs to the values.
+        j: The key index; d: the head dimension that queries and keys contract; width: how many key indices there are.
+        visible, fills, additive, scale, zero_rows: As in `AttentionForm`.
+        q, k, v: The operands at the contractions: (node, coordinates).
+    """
+
+    coords: tuple[Expr, ...]
+    value_dim: Expr
+    j: Expr
+    d: Expr
+    width: Expr
+    visible: Expr
+    fills: frozenset[float]
+    additive: bool
+    scale: float
+    q: tuple[Node, Coords]
+    k: tuple[Node, Coords]
+    v: tuple[Node, Coords]
+    zero_rows: bool
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A node on the way of the output, seen as four virtual dimensions."""
+
+    node: Node
+    sizes: tuple[Expr, ...]
+    coords: tuple[Expr, ...]
+    real: Coords
+
+
+def _strip(e: Expr) -> tuple[float, bool, Expr]:
+    """Constant factors and nan_to_num around an expression."""
+    k, zeroed = 1.0, False
+    while True:
+        if e.op == "scaled":
+            k, e = k * e.args[0], e.args[1]
+        elif e.op == "opaque" and e.args[0] == "nan_to_0":
+            zeroed, e = True, e.args[1][0]
+        else:
+            return k, zeroed, e
+
+
+def _terms(e: Expr, k: float = 1.0) -> list[tuple[float, Expr]]:
+    if e.op == "add":
+        return _terms(e.args[0], k) + _terms(e.args[1], k)
+    if e.op == "scaled":
+        return _terms(e.args[1], k * e.args[0])
+    return [(k, e)]
+
+
+def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> NormalForm:
+    factor, _, e = _strip(r.read(anchor.node, anchor.real))
+    if e.op != "dot":
+        raise Refusal(ReasonKind.NOT_ATTENTION, f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}")
+    kept, factors = _masked_after(e.args[1], softmax)
+    stripped = [_strip(f) for f in factors]
+    position = next((k for k, (_, _, p) in enumerate(stripped) if p.op == "softmax" and p.args[0] == softmax.name), None)
+    if position is None or len(stripped) != 2:
+        raise Refusal(ReasonKind.NOT_ATTENTION, "the output is not the product of these probabilities and values")
+    by, zeroed, probability = stripped[position]
+    if factor * by != 1:
+        raise Refusal(ReasonKind.LOGITS, f"the probabilities are multiplied by {factor * by:g}")
+    value_node, value_coords = r.operands[e][1 - position]
+    assert value_node is not None
+    coords, value_coords, j, width, kept = _key_variable(r, softmax, e, probability.args[1], value_coords, kept)
+    jv = x.as_var(j)
+    assert jv is not None
+    logit = r.logit(softmax, coords)
+    visible, fills, additive, scale, product = _masked_product(logit, jv, negligible(dtype(softmax)))
+    if kept is not x.TRUE and solve([], x.iff(kept, visible), 200) is not None:
+        raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
+    if len(product.args[0]) != 1:
+        raise Refusal(ReasonKind.LOGITS, "the logits sum over several head dimensions")
+    operands = r.operands[product]
+    if len(operands) != 2:
+        raise Refusal(ReasonKind.LOGITS, "the logits contract more than a query and a key")
+    keyed = [k for k, (_, c) in enumerate(operands) if any(jv in q.free for q in c)]
+    if len(keyed) != 1:
+        raise Refusal(ReasonKind.LOGITS, "both factors of the logits depend on the key")
+    (kn, kc), (qn, qc) = operands[keyed[0]], operands[1 - keyed[0]]
+    assert kn is not None and qn is not None
+    _no_narrower_cast(contraction, (qn, kn, value_node))
+    rows = visible.free.union(*(c.free for c in (*coords, *qc)))
+    spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
+    if len(spare) != 1:
+        raise Refusal(ReasonKind.OPERANDS, "no single dimension of the output belongs to the values alone")
+    return NormalForm(
+        coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(product.args[0][0]), width=width, visible=visible, fills=fills,
+        additive=additive, scale=scale, q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
+        zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
+    )  # fmt: skip
+
+
+def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> None:
+    """Refuses if logits or probabilities are rounded to less than the operands hold: the op would not round.
+
+    Raises:
+        Refusal: Of kind DTYPE.
+    """
+    coarsest = max(torch.finfo(dtype(n)).eps for n in operands)
+    between: dict[Node, bool] = {}
+
+    def holds_operand(n: Node) -> bool:
+        """Whether a node depends on an operand through real values; remembered in `between`."""
+        if n in operands:
+            return True
+        if n not in between:
+            between[n] = False
+            between[n] = any([holds_operand(a) for a in n.all_input_nodes if is_tensor(a) and is_real(a)])
+        return between[n]
+
+    for a in contraction.all_input_nodes:
+        if is_tensor(a):
+            holds_operand(a)
+    for n, inside in between.items():
+        if inside and torch.finfo(dtype(n)).eps > coarsest:
+            raise Refusal(ReasonKind.DTYPE, f"logits or probabilities are rounded to {dtype(n)}, less than queries, keys and values hold")
+
+
+def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:
+    """Probabilities set to zero behind the softmax: when they are kept, and the factors without that."""
+    kept, out = x.TRUE, []
+    for f in factors:
+        leaves = list(x.cases(f))
+        alive = [(g, t) for g, t in leaves if t is not x.real(0)]
+        values = {t for _, t in alive}
+        if len(leaves) > 1 and len(values) == 1 and _strip(next(iter(values)))[2].op == "softmax":
+            kept = x.disj(*(g for g, _ in alive))
+            f = values.pop()
+        out.append(f)
+    return kept, out
+
+
+def _key_variable(
+    r: Reader, softmax: Node, e: Expr, coords: Coords, value_coords: Coords, kept: Expr
+) -> tuple[Coords, Coords, Expr, Expr, Expr]:
+    """The variable that the output sums over, which must be the axis of the softmax.
+
+    Gathered spellings may flatten (slot, offset) for the softmax and sum over both: those become one mixed-radix key.
+    """
+    source, axis = r.softmax_axis(softmax)
+    width = r.shape(softmax.args[1])[-2] if source is softmax else r.shape(source)[axis]
+    bound = e.args[0]
+    if len(bound) == 1:
+        j = x.poly(bound[0])
+    else:
+        flat = coords[axis]
+        weight = dict(flat.args[1])
+        ordered = sorted(bound, key=lambda v: -weight.get(v, 0))
+        j, step, mapping = x.var(f"{softmax.name}.key", width), 1, {}
+        for v in reversed(ordered):
+            size = x.constant(v.args[1])
+            if weight.get(v) != step or size is None:
+                raise Refusal(ReasonKind.SOFTMAX_AXIS, "the output sums over axes that the softmax does not normalise together")
+            mapping[v] = x.mod(x.floordiv(j, step), size)
+            step *= size
+        if x.constant(width) != step or flat.args[0] or len(weight) != len(ordered):
+            raise Refusal(ReasonKind.SOFTMAX_AXIS, "the output sums over a part of what the softmax normalises")
+        coords = tuple(x.substitute(c, mapping) for c in coords)
+        value_coords = tuple(x.substitute(c, mapping) for c in value_coords)
+        kept = x.substitute(kept, mapping)
+    jv = x.as_var(j)
+    if coords[axis] is not j or jv is None or jv.args[1] is not width:
+        raise Refusal(ReasonKind.SOFTMAX_AXIS, "the softmax does not run over the axis that the output sums over")
+    if any(jv in c.free for k, c in enumerate(coords) if k != axis):
+        raise Refusal(ReasonKind.SOFTMAX_AXIS, "the key stands on another axis than the softmax normalises")
+    return coords, value_coords, j, width, kept
+
+
+def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, frozenset[float], bool, float, Expr]:
+    """Split the cases of a logit into scale * <q, k> and constant fills, which may be added to the product.
+
+    Terms free of the key shift a whole row and drop out of the softmax, if every visible key of the row gets them.
+    """
+    additive = False
+    visible: list[Expr] = []
+    fills: set[float] = set()
+    products: set[tuple[float, Expr]] = set()
+    shifts: set[tuple[float, frozenset[tuple[float, Expr]]]] = set()
+    for condition, leaf in x.cases(logit):
+        terms = _terms(leaf)
+        shift = sum(k * t.args[0] for k, t in terms if t.op == "const")
+        data = [(k, t) for k, t in terms if t.op != "const"]
+        if shift <= threshold:
+            fills.add(shift)
+            additive |= bool(data)
+            continue
+        if shift < 0 and not data:
+            raise Refusal(ReasonKind.FILL, f"masked logits get {shift:g}, which leaks probability: only -inf, finfo.min or <= -1e9 mask")
+        keyed = [(k, t) for k, t in data if jv in t.free]
+        if any(t.op != "dot" for _, t in keyed) or len(keyed) != 1:
+            other = next((t for _, t in keyed if t.op != "dot"), None)
+            raise Refusal(ReasonKind.LOGITS, _logit_text(other, keyed))
+        products.add(keyed[0])
+        shifts.add((shift, frozenset(t for t in data if t not in keyed)))
+        visible.append(condition)
+    if len(products) != 1:
+        raise Refusal(ReasonKind.LOGITS, f"the logits hold {len(products)} different products of queries and keys")
+    if len(shifts) != 1:
+        raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
+    ((scale, product),) = products
+    return x.disj(*visible), frozenset(fills), additive, scale, product
+
+
+def _logit_text(other: Expr | None, keyed: list[tuple[float, Expr]]) -> str:
+    if other is not None and other.op == "load":
+        return f"a run-time value ({other.args[0]}) stands in the logits beside scale * <q, k>"
+    if len(keyed) > 1:
+        return "the logits are a sum of several products"
+    return "the logits are not scale * <q, k>"
