@@ -124,7 +124,9 @@ def select(cell: Cell, generator: torch.Generator) -> Tensor:
     return lists
 
 
-def row_errors(forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, dout: Tensor) -> list[float]:
+def row_errors(
+    forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, dout: Tensor
+) -> list[float]:
     """Relative error of out and dQ over a few rows, against float64."""
     leaf = q.detach().requires_grad_()
     scale = HEAD_DIM**-0.5
@@ -134,7 +136,8 @@ def row_errors(forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor,
     for i in (1, cell.block_size, cell.n // 3, cell.n - 1):
         for head in (0, q.shape[1] - 1):
             listed = indices[0, head // cell.group, i].long()
-            keys = (listed[listed >= 0].unique()[:, None] * cell.block_size + torch.arange(cell.block_size, device=q.device)).flatten()
+            inside = torch.arange(cell.block_size, device=q.device)
+            keys = (listed[listed >= 0].unique()[:, None] * cell.block_size + inside).flatten()
             keys = keys[keys <= i]
             row = q[0, head, i].double().requires_grad_()
             want = ((k[0, head // cell.group, keys].double() @ row) * scale).softmax(0) @ v[0, head // cell.group, keys].double()
@@ -145,7 +148,9 @@ def row_errors(forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor,
     return [((a - b).norm() / b.norm()).item() for a, b in ((got, want), (dgot, dwant))]
 
 
-def time_contender(forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, dout: Tensor) -> dict[str, float]:
+def time_contender(
+    forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, dout: Tensor
+) -> dict[str, float]:
     """Median milliseconds of forward and of backward alone, and MiB that each allocates beyond its results."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     scale = HEAD_DIM**-0.5
@@ -159,7 +164,7 @@ def time_contender(forward: Callable[..., Tensor], cell: Cell, q: Tensor, k: Ten
         before = torch.cuda.memory_allocated()
         kept = call()
         del kept
-        return (torch.cuda.max_memory_allocated() - before - results) / 2**20
+        return max(0, torch.cuda.max_memory_allocated() - before - results) / 2**20
 
     with torch.no_grad():
         forward_ms = do_bench(run, warmup=10, rep=60, return_mode="median")
@@ -241,17 +246,19 @@ def show(record: dict) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two lengths, three group sizes, FlexAttention in one cell: two minutes")
+    parser.add_argument("--quick", action="store_true", help="two lengths, three group sizes, one FlexAttention: two minutes")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another implementation's adapter")
+    parser.add_argument("--commit", help="what to record where there is no git checkout to ask")
     parser.add_argument("--out", type=Path, help="where the JSON goes; default benchmarks/results/selected-DATE.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/selected.py needs a CUDA device.")
     peers = {name: load_peer(path) for name, path in (x.split("=", 1) for x in args.peer)}
     here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=here, capture_output=True, text=True)
+    commit = args.commit or (git.stdout.strip() if git.returncode == 0 else "unknown")
     header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-              "commit": commit or "unknown", "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
+              "commit": commit, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
     print(f"{'cell':34s} {'':6s}  forward backward    scratch forward backward", flush=True)
     records = []

@@ -108,7 +108,9 @@ def test_rules_and_dtypes(rule, dtype):
     check_dense(tensors, indices, 64, rule, offset=200)
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format)
+@pytest.mark.parametrize(
+    "dims", [(16, 16), (32, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format
+)
 @pytest.mark.parametrize("block_size", [16, 64, 256])
 def test_head_dims_and_blocks(dims, block_size):
     """Every padded size of the kernels."""

@@ -29,8 +29,14 @@ from fsa_compile.kernels.triton import selected_attention, selected_backward, se
 from fsa_compile.kernels.triton.launch import Device
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-PTX = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "wide_red": r"(red|atom)\.\S*\.v[24]\.f32", "narrow_red": r"(red|atom)\.\S*add\.f32",
-       "wide_load": r"(ld\.global\S*\.v4|cp\.async\.c[ag]\.shared\.global [^;]*0x10)", "async": r"cp\.async\.c[ag]"}  # fmt: skip
+PTX = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "wide_red": r"(red|atom)\.\S*\.v[24]\.f32",
+    "narrow_red": r"(red|atom)\.\S*add\.f32",
+    "wide_load": r"(ld\.global\S*\.v4|cp\.async\.c[ag]\.shared\.global [^;]*0x10)",
+}
+"""What to count in the PTX: matrix instructions, reductions of several floats or of one, loads of 16 bytes."""
 
 
 @contextlib.contextmanager
@@ -53,7 +59,8 @@ def source_of(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or (value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
@@ -108,8 +115,9 @@ def main():
             registers, spills = resources(compiled.asm["cubin"])
             ptx = compiled.asm["ptx"]
             counts = {name: len(re.findall(pattern, ptx)) for name, pattern in PTX.items()}
-            print(json.dumps({"kernel": kernel.fn.__name__, "variant": variant, "capability": capability, **options,
-                              "shared": compiled.metadata.shared, "registers": registers, "spills": spills, **counts}), flush=True)  # fmt: skip
+            what = {"kernel": kernel.fn.__name__, "variant": variant, "capability": capability, **options}
+            cost = {"shared": compiled.metadata.shared, "registers": registers, "spills": spills}
+            print(json.dumps({**what, **cost, **counts}), flush=True)
 
 
 if __name__ == "__main__":

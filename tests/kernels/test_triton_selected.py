@@ -88,7 +88,9 @@ def test_rules_with_holes_repetitions_and_missing_blocks(rule, deterministic):
 
 
 @pytest.mark.parametrize(
-    "heads", [(1, 1, 1), (2, 2, 2), (3, 1, 1), (6, 2, 2), (4, 1, 4), (8, 2, 4), (64, 1, 1)], ids="hq{0[0]}-hkv{0[1]}-hi{0[2]}".format
+    "heads",
+    [(1, 1, 1), (2, 2, 2), (3, 1, 1), (6, 2, 2), (4, 1, 4), (8, 2, 4), (64, 1, 1)],
+    ids="hq{0[0]}-hkv{0[1]}-hi{0[2]}".format,
 )
 def test_head_maps(heads):
     """Groups of 1 to 64 query heads per list, and several lists per key/value head."""
@@ -212,7 +214,7 @@ def test_strides():
 
 
 def test_slices_and_ranges_of_lanes_change_nothing(monkeypatch, deterministic):
-    """Tiny memory budgets: several plans, several ranges of lanes and slices each, the last one short, and items of several tiles."""
+    """Tiny memory budgets: several plans, several ranges of lanes and slices each, the last slice short."""
     q, k, v, dout, dlse, g = draw(13, b=2, hq=4, hkv=2, n=50)
     indices = random_lists(g, 2, 2, 50, 3, blocks=4)
     whole = check(q, k, v, dout, dlse, indices, 16)
@@ -250,7 +252,7 @@ def test_plan_holds_every_entry_once(stable, bin_queries, monkeypatch):
     indices = random_lists(g, 2, 2, 45, 5, blocks=6)
     indices[..., 2] = 0  # a hot block
     where = plan.Positions(3)
-    p = plan.build_plan(indices.to(DEVICE), range(1, 4), 6 * 8, 8, "causal", where, slice_length=16, item_queries=4, stable=stable)
+    p = plan.build_plan(indices.to(DEVICE), range(1, 4), 6 * 8, 8, "causal", where, 16, item_queries=4, stable=stable)
     assert (p.slices, p.capacity) == (3, 16 * 5 // 4 + 6)
     for lane in range(3):
         lists = indices.flatten(0, 1)[1 + lane].tolist()
@@ -258,7 +260,8 @@ def test_plan_holds_every_entry_once(stable, bin_queries, monkeypatch):
             count = p.item_starts[lane, index, -1].item()
             assert count <= p.capacity
             got = []
-            for block, first, length in zip(*(x[lane, index, :count].tolist() for x in (p.item_block, p.item_first, p.item_length))):
+            items = (x[lane, index, :count].tolist() for x in (p.item_block, p.item_first, p.item_length))
+            for block, first, length in zip(*items):
                 assert 1 <= length <= 4
                 pairs = p.order[lane, index, first : first + length].tolist()
                 assert not stable or pairs == sorted(pairs)
@@ -296,7 +299,8 @@ def test_refusals_are_sentences():
 
 def test_cut_covers_every_lane_once():
     """Whole multiples, within the budget unless one multiple is already beyond it."""
-    for lanes, size, budget, multiple in [(range(12), 10, 1000, 1), (range(3, 12), 10, 85, 3), (range(12), 10, 25, 4), (range(0), 1, 1, 1)]:
+    cases = [(range(12), 10, 1000, 1), (range(3, 12), 10, 85, 3), (range(12), 10, 25, 4), (range(0), 1, 1, 1)]
+    for lanes, size, budget, multiple in cases:
         parts = list(plan.cut(lanes, size, budget, multiple))
         assert [x for part in parts for x in part] == list(lanes)
         assert all(len(part) % multiple == 0 and len(part) * size <= max(budget, size * multiple) for part in parts)

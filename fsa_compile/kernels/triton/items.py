@@ -6,6 +6,10 @@ import triton
 import triton.language as tl
 
 
+CHANGING = ("first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset")
+"""Arguments of the attention kernels that vary from call to call: no kernel is compiled for 1 or for multiples of 16."""
+
+
 @triton.jit
 def load_item(item_starts, item_block, item_first, item_length, segment, item, n_blocks, capacity):
     """Block, first entry and length of a work item; length 0 past the segment's last item."""

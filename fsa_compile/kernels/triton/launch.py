@@ -67,7 +67,7 @@ def power_of_two(x: int, least: int = 1) -> int:
 
 
 def slice_queries(n: int, query_bytes: int, budget: int) -> int:
-    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 16 and at least that."""
+    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 16, at least 16."""
     return min(n, max(16, budget // query_bytes // 16 * 16))
 
 

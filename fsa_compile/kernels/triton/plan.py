@@ -249,7 +249,7 @@ def build_plan(
 
 
 def cut(lanes: range, lane_bytes: int, budget: int, multiple: int = 1) -> Iterator[range]:
-    """Cut `lanes` into ranges of at most `budget` bytes at `lane_bytes` each, a multiple of `multiple` lanes and at least that."""
+    """Cut `lanes` into ranges of a multiple of `multiple` lanes, at `lane_bytes` each within `budget` where one multiple is."""
     step = max(1, budget // max(lane_bytes * multiple, 1)) * multiple
     for first in range(lanes.start, lanes.stop, step):
         yield range(first, min(first + step, lanes.stop))

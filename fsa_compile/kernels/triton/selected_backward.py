@@ -30,7 +30,7 @@ from .launch import DKV_BYTES, DQ_BYTES, PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_B
 from .launch import device_of, power_of_two, slice_queries
 from .plan import Plan, Positions, build_plan, cut
 from .selected_forward import LOG2E
-from .items import last_visible, load_item, tile_mask
+from .items import CHANGING, last_visible, load_item, tile_mask
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _delta_kernel(
     tl.store(delta + line * n + query, total, mask=query < n)
 
 
-@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
+@triton.jit(do_not_specialize=list(CHANGING))
 def _gradient_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
@@ -362,5 +362,6 @@ def launch_gradient(
         p.scale, p.scale * LOG2E, LOG2E, hi, hi // hkv,
         G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
         BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
-        HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip

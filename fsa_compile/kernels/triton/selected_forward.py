@@ -23,17 +23,18 @@ import triton.language as tl
 from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, forward_launch, power_of_two
 from .launch import device_of, slice_queries
 from .plan import Plan, Positions, build_plan, cut
-from .items import last_visible, load_item, tile_mask
+from .items import CHANGING, last_visible, load_item, tile_mask
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset"])
+@triton.jit(do_not_specialize=list(CHANGING))
 def _partial_kernel(
     q, k, v, partial, partial_lse, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale, n_index_heads, lanes_per_kv,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale,
+    n_index_heads, lanes_per_kv,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
@@ -67,8 +68,10 @@ def _partial_kernel(
     key = block * BLOCK_SIZE + tl.arange(0, KEYS)
     if KEYS == BLOCK_PAD:  # one tile covers the block: load it once for all queries
         there = key < n_keys
-        k_tile = tl.load(k_base + key.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
-        v_tile = tl.load(v_base + key.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
+        k_at = k_base + key.to(tl.int64)[:, None] * k_stride_n + c[None, :]
+        v_at = v_base + key.to(tl.int64)[:, None] * v_stride_n + e[None, :]
+        k_tile = tl.load(k_at, mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
+        v_tile = tl.load(v_at, mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
     for done in range(0, length, QUERIES):
         live = (within < QUERIES) & (done + within < length)
         pair = tl.load(entries + done + within, mask=live, other=0)
@@ -90,8 +93,10 @@ def _partial_kernel(
             for ahead in range(0, BLOCK_SIZE, KEYS):
                 at = key + ahead
                 there = at < n_keys
-                k_part = tl.load(k_base + at.to(tl.int64)[:, None] * k_stride_n + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
-                v_part = tl.load(v_base + at.to(tl.int64)[:, None] * v_stride_n + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
+                k_at = k_base + at.to(tl.int64)[:, None] * k_stride_n + c[None, :]
+                v_at = v_base + at.to(tl.int64)[:, None] * v_stride_n + e[None, :]
+                k_part = tl.load(k_at, mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
+                v_part = tl.load(v_at, mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
                 s = tl.dot(q_tile, tl.trans(k_part), input_precision="ieee") * log2_scale
                 s = tl.where(at[None, :] <= last[:, None], s, float("-inf"))
                 m_new = tl.maximum(m_i, tl.max(s, 1))
