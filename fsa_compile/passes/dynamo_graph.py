@@ -19,6 +19,8 @@ CUT_TARGETS = frozenset(
 """Calls that neither attention nor its masks look through: their results are inputs of the shadow."""
 
 SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention exp".split())
+WHOLE = ("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+"""Attention that Dynamo hands over as one call."""
 CONTRACTIONS = frozenset("matmul bmm einsum baddbmm __matmul__ scaled_dot_product_attention mm".split())
 
 _OPERATOR_WRITES = frozenset((operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior))

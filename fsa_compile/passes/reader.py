@@ -13,6 +13,7 @@ Leaves are sound; they only prove less. To add an op, add a rule to a module of 
 from __future__ import annotations
 
 import enum
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ MoveRule = Callable[["Reader", Node, Coords], "Move | None"]
 ValueRule = Callable[["Reader", Node, Coords, Mode], "Expr | None"]
 CASTS = ("_to_copy", "to", "type_as")
 """Ops that may change the dtype: a move for an operand (the rewrite repeats the cast), a value rule otherwise."""
+NAMED = ("nan_to_0", "about")
+"""Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
 MOVES: dict[str, MoveRule] = {}
 VALUES: dict[str, ValueRule] = {}
@@ -136,7 +139,12 @@ def literal(v: Any, dt: torch.dtype) -> Expr:
     """A Python number as an element of a tensor of that dtype."""
     if dt == torch.bool:
         return x.boolean(bool(v))
-    return x.real(float(v)) if dt.is_floating_point else x.integer(int(v))
+    return x.real(rounded(float(v), dt)) if dt.is_floating_point else x.integer(int(v))
+
+
+def rounded(v: float, dt: torch.dtype) -> float:
+    """A constant as a tensor of that dtype holds it."""
+    return torch.tensor(v, dtype=torch.float64).to(dt).to(torch.float64).item()
 
 
 def exact(e: Expr, dt: torch.dtype) -> bool:
@@ -144,9 +152,10 @@ def exact(e: Expr, dt: torch.dtype) -> bool:
     if dt.is_floating_point:
         limit = 2 / torch.finfo(dt).eps
         return all(-limit <= t.args[0].lo and t.args[0].hi <= limit for _, t in x.cases(e) if t.op == "float")
-    if e.sort == x.INT and dt in (torch.int8, torch.uint8, torch.int16):
+    if e.sort == x.INT:
         info = torch.iinfo(dt)
-        return info.min <= e.lo and e.hi <= info.max
+        if info.bits < 32 or not math.isinf(e.lo) and not math.isinf(e.hi):
+            return info.min <= e.lo and e.hi <= info.max
     return True
 
 
@@ -244,6 +253,8 @@ class Reader:
                 r = VALUES[name](self, n, coords, mode)
             except Unreadable:
                 r = None
+            if r is not None and is_real(n):
+                r = self._settle(r, n, coords, mode)
             if r is not None and exact(r, dtype(n)):
                 return r
         if name:
@@ -253,6 +264,19 @@ class Reader:
             if constant is not None:
                 return literal(constant, dtype(n))
         return self.leaf(n, coords)
+
+    def _settle(self, e: Expr, n: Node, coords: Coords, mode: Mode) -> Expr:
+        """What floating point makes of a value: constants are rounded, and inexact arithmetic that is compared is opaque."""
+
+        def leaf(t: Expr) -> Expr:
+            if t.op == "const":
+                return x.real(rounded(t.args[0], dtype(n)))
+            if t.op in ("scaled", "add", "opaque") and not x.is_infinite(t) and t.args[0] not in NAMED:
+                counts = any(y.op == "float" for y in x.walk(t))  # arithmetic on positions that is not exact
+                return self.leaf(n, coords) if counts or mode is Mode.VALUE else t
+            return t
+
+        return x.map_cases(e, leaf)
 
     def move(self, n: Node, coords: Coords, mode: Mode) -> Move | None:
         """The applicable move at `n`, if its op is one and keeps the kind of its elements."""
@@ -295,7 +319,11 @@ class Reader:
         if is_real(n):
             if e.sort == x.BOOL:
                 return x.select(e, x.real(1), x.real(0))
-            return x.from_int(e) if e.sort == x.INT else e
+            if e.sort == x.INT:
+                e = x.from_int(e)
+                if not exact(e, dtype(n)):
+                    raise Unreadable(f"{n.name}: integers that {dtype(n)} cannot hold")
+            return e
         if e.sort == x.BOOL:
             return x.select(e, x.ONE, x.ZERO)
         if e.sort == x.INT:

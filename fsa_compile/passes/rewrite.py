@@ -125,7 +125,7 @@ class Rewriter:
         evaluate = TensorEvaluator(
             segment.axes,
             extents,
-            tensor=lambda name: self._proxy(placement.data[name]),
+            tensor=lambda name: self._data(placement.data[name]),
             shape=self._data_shape,
             size=sizes.symbol,
             device=device,
@@ -135,6 +135,12 @@ class Rewriter:
         if isinstance(out, int):
             out = self._create(torch.full, [1, 1, 1, 1], out, device=device)
         return out.expand(extents)
+
+    def _data(self, n: Node) -> Proxy:
+        """A tensor that the block list reads; small integers are widened, so that arithmetic on them does not wrap."""
+        proxy, value = self._proxy(n), dg.value(n)
+        narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
+        return proxy.to(torch.int64) if narrow else proxy
 
     def _data_shape(self, name: str) -> Sequence[Expr]:
         node = self.r.nodes[name]

@@ -48,7 +48,15 @@ def _dense(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Proof,
         ReasonKind.OPERANDS, "a visible key is padding", "visible keys are real", x.conj(form.guard, x.less(form.j, form.keys)),
         given=form.visible, terms=candidate.terms, facts=candidate.facts,
     )  # fmt: skip
-    return proof, real
+    if form.keys is form.width:
+        return proof, real
+    # K is longer than what the softmax sees of it (a slice above the cut): the op must not see the rest.
+    p = x.var("p", form.keys)
+    rest = prover.require(
+        ReasonKind.OPERANDS, "the op would see keys that the model cut off", "no key beyond the softmax",
+        x.negate(candidate.visible(p)), given=x.at_least(p, form.width), terms=candidate.terms, facts=candidate.facts,
+    )  # fmt: skip
+    return proof, real, rest
 
 
 def _shifted(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Proof, ...]:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, is_tensor, op_name, rank, values
+from ..reader import Coords, Mode, Reader, argument, is_real, is_tensor, op_name, rank, values
 
 
 def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:
@@ -26,7 +26,7 @@ def _matmul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         a, b = n.args[1:3]
     else:
         a, b = n.args[:2]
-    if rank(a) < 2 or rank(b) < 2:
+    if rank(a) < 2 or rank(b) < 2 or not is_real(n):
         return None
     k = x.var(f"{n.name}.k", r.shape(a)[-1])
     left, right = r.align(a, (*c[:-1], k)), r.align(b, (*c[:-2], k, c[-1]))
@@ -36,17 +36,20 @@ def _matmul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("einsum")
 def _einsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     tensors = n.args[1]
+    if not is_real(n):
+        return None
     letters = einsum_letters(n.args[0], [rank(t) for t in tensors])
     if letters is None:
         return None
     inputs, output = letters
-    env = dict(zip(output, c))
-    bound: list[Expr] = []
+    sizes: dict[str, Expr] = {}
     for subscripts, t in zip(inputs, tensors):
         for ch, size in zip(subscripts, r.shape(t)):
-            if ch not in env:
-                env[ch] = x.var(f"{n.name}.{ch}", size)
-                bound.append(env[ch])
+            if sizes.get(ch, x.ONE) is x.ONE:  # a size of one broadcasts
+                sizes[ch] = size
+    env = dict(zip(output, c))
+    bound = [x.var(f"{n.name}.{ch}", size) for ch, size in sizes.items() if ch not in env]
+    env.update(zip((ch for ch in sizes if ch not in env), bound))
     factors = []
     for subscripts, t in zip(inputs, tensors):
         coords = tuple(x.ZERO if s is x.ONE else env[ch] for ch, s in zip(subscripts, r.shape(t)))

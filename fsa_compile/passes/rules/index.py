@@ -22,7 +22,7 @@ def _same(r: Reader, n: Node, c: Coords) -> Move | None:
     return Move(n.args[0], c)
 
 
-@moves("dropout", "native_dropout", "feature_dropout")
+@moves("dropout", "feature_dropout")
 def _dropout(r: Reader, n: Node, c: Coords) -> Move | None:
     p, training = argument(n, 1, "p", 0.5), argument(n, 2, "train", False)
     return Move(n.args[0], c) if p == 0 or training is False else None
@@ -293,7 +293,7 @@ def _take_along_dim(r: Reader, n: Node, c: Coords) -> Move | None:
 def _index_select(r: Reader, n: Node, c: Coords) -> Move | None:
     source, d, index = n.args
     d = axis(d, len(c))
-    return Move(source, at(c, d, r.read(index, (c[d],))))
+    return Move(source, at(c, d, r.read(index, (c[d],) if rank(index) else ())))
 
 
 @moves("embedding")

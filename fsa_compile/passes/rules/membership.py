@@ -9,6 +9,7 @@ from .. import expr as x
 from ..expr import Expr
 from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_tensor, literal, op_name, rank, values
 from .index import at, nonempty, r_axis, slice_start, wrap
+from .pointwise import converted
 
 
 def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
@@ -73,7 +74,7 @@ def _select_scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("copy")
 def _copy(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    return r.coerce(n, r.operand(n, n.args[1], c, m)) if is_tensor(n.args[1]) else None
+    return converted(r, n, n.args[1], c, m) if is_tensor(n.args[1]) else None
 
 
 @values("one_hot")

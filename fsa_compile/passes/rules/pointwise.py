@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, dtype, is_int, is_real, is_tensor, literal, op_name, values
+from ..reader import (
+    Coords, Mode, Reader, Unreadable, argument, dtype, exact, is_int, is_real, is_tensor, literal, op_name, rounded, values,
+)  # fmt: skip
 from .contraction import deferred_softmax
 
 
@@ -71,38 +73,34 @@ def _where(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 def _masked_fill(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     source, mask, value = n.args[:3]
     fill = r.coerce(n, r.operand(n, value, c, m))
-    if fill.op == "const":
-        fill = x.real(rounded(fill.args[0], dtype(n)))
     return x.select(x.truth(r.operand(n, mask, c, m)), fill, r.operand(n, source, c, m))
 
 
-def rounded(v: float, dt: torch.dtype) -> float:
-    """A constant as a tensor of that dtype holds it."""
-    return torch.tensor(v, dtype=torch.float64).to(dt).to(torch.float64).item()
-
-
-@values("_to_copy", "to", "bool", "float", "type_as")
+@values("_to_copy", "to", "type_as")
 def _cast(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    source = n.args[0]
-    e = r.read(source, c, m)
+    return converted(r, n, n.args[0], c, m)
+
+
+def converted(r: Reader, n: Node, source: Node, c: Coords, m: Mode) -> Expr | None:
+    """An element of `source` in the dtype of `n`."""
+    e = r.read(source, r.align(source, c), m)
+    if dtype(n) == torch.bool or not is_real(source):
+        unbounded = is_int(n) and is_int(source) and torch.iinfo(dtype(n)).bits < torch.iinfo(dtype(source)).bits
+        return None if unbounded and (math.isinf(e.lo) or math.isinf(e.hi)) else r.coerce(n, e)
     if not is_real(n):
-        return r.coerce(n, e) if not is_real(source) or dtype(n) == torch.bool else None
-    if not is_real(source):
-        return r.coerce(n, e)
+        return None
     narrower = torch.finfo(dtype(n)).eps > torch.finfo(dtype(source)).eps
 
     def leaf(t: Expr) -> Expr:
-        if t.op == "const":
-            return x.real(rounded(t.args[0], dtype(n)))
         # In a comparison a rounded datum is another datum; on the way to the output, less rounding is allowed.
-        return r.leaf(n, c) if narrower and m is Mode.VALUE and t.op != "float" else t
+        return r.leaf(n, c) if narrower and m is Mode.VALUE and t.op not in ("float", "const") else t
 
     return x.map_cases(e, leaf)
 
 
 def comparison(op: str, swap: bool, negated: bool):
     def rule(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-        a, b = (r.operand(n, v, c, Mode.VALUE) for v in n.args[:2])
+        a, b = (_in_common(n, r.operand(n, v, c, Mode.VALUE)) for v in n.args[:2])
         if swap:
             a, b = b, a
         e = compare(r, op, a, b)
@@ -112,7 +110,7 @@ def comparison(op: str, swap: bool, negated: bool):
 
 
 for _names, _op, _swap, _negated in (
-    (("eq", "equal"), "eq", False, False),
+    (("eq",), "eq", False, False),
     (("ne", "not_equal"), "eq", False, True),
     (("ge", "greater_equal"), "ge", False, False),
     (("gt", "greater"), "gt", False, False),
@@ -120,6 +118,24 @@ for _names, _op, _swap, _negated in (
     (("lt", "less"), "gt", True, False),
 ):
     values(*_names)(comparison(_op, _swap, _negated))
+
+
+def _in_common(n: Node, e: Expr) -> Expr:
+    """An operand as torch compares it: converted to the common dtype of both.
+
+    Raises:
+        Unreadable: If that rounds an integer.
+    """
+    a, b = (v.meta["val"] if is_tensor(v) else v for v in n.args[:2])
+    if not all(isinstance(v, (torch.Tensor, bool, int, float)) for v in (a, b)):
+        return e
+    common = torch.result_type(a, b)
+    if not common.is_floating_point:
+        return e
+    e = x.map_cases(_as_real(e), lambda t: x.real(rounded(t.args[0], common)) if t.op == "const" else t)
+    if not exact(e, common):
+        raise Unreadable(f"{n.name}: integers that {common} cannot hold")
+    return e
 
 
 def compare(r: Reader, op: str, a: Expr, b: Expr) -> Expr | None:
@@ -165,11 +181,16 @@ def underflows(r: Reader, p: Expr, threshold: float) -> Expr:
     size = r.shape(source)[d]
     highest = -math.inf
     for k in (x.ZERO, x.minus(size, 1)):
-        v = r.read(source, coords[:d] + (k,) + coords[d + 1 :], Mode.VALUE)
-        if v.op == "const":
-            highest = max(highest, v.args[0])
+        highest = max(highest, _about(r.read(source, coords[:d] + (k,) + coords[d + 1 :], Mode.VALUE), -math.inf))
     margin = math.log(threshold) - 50
-    return x.map_truth(here, lambda v: x.boolean(v.op == "const" and v.args[0] - highest < margin))
+    return x.map_truth(here, lambda v: x.boolean(_about(v, math.inf) - highest < margin))
+
+
+def _about(e: Expr, otherwise: float) -> float:
+    """The constant that a leaf is, to within rounding."""
+    if e.op == "opaque" and e.args[0] == "about":
+        (e,) = e.args[1]
+    return e.args[0] if e.op == "const" else otherwise
 
 
 @values("bitwise_and", "logical_and", "__and__")
@@ -190,7 +211,7 @@ def _xor(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.negate(x.iff(a, b))
 
 
-@values("bitwise_not", "logical_not", "__invert__")
+@values("bitwise_not", "logical_not")
 def _not(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.negate(x.truth(r.read(n.args[0], c, m))) if dtype(n) == torch.bool else None
 
@@ -198,11 +219,11 @@ def _not(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("add", "sub", "rsub", "subtract")
 def _add(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
-    k = n.kwargs.get("alpha", 1)
+    k = argument(n, 2, "alpha", 1)
     if not isinstance(k, (int, float)):
         return None
     if op_name(n) == "rsub":
-        a, b = b, a
+        a, b = b, a  # other - alpha * self
     if op_name(n) != "add":
         k = -k
     if is_int(n):
@@ -259,13 +280,13 @@ def _abs(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.select(x.at_least(a, x.ZERO), a, x.times(a, -1)) if is_int(n) else None
 
 
-@values("floor_divide", "__floordiv__")
+@values("floor_divide")
 def _floor_divide(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
     return x.floordiv(r.coerce(n, a), b) if is_int(n) and b.sort == x.INT and b.lo > 0 else None
 
 
-@values("remainder", "fmod", "__mod__")
+@values("remainder", "fmod")
 def _remainder(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
     if not is_int(n) or b.sort != x.INT or b.lo <= 0 or (op_name(n) == "fmod" and a.lo < 0):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, axis, is_int, is_real, rank, values
+from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_int, is_real, rank, values
 
 
 def reduced_axis(n: Node, position: int = 1) -> int | None:
@@ -48,7 +49,7 @@ def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     """A count of truths: zero iff none holds, at least one otherwise. How many is not needed."""
     d = reduced_axis(n)
-    if d is None or not is_int(n):
+    if d is None or dtype(n) not in (torch.int32, torch.int64):  # a count in 8 bits wraps
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "sum")
     hit = _nonzero(r.read(n.args[0], q, Mode.VALUE))
@@ -80,18 +81,23 @@ def _amax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("mean")
 def _mean(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    """Conditions that are free of the averaged axis pass through; a constant is its own mean."""
+    """Conditions that are free of the averaged axis pass through; a constant is its own mean, up to rounding."""
     d = reduced_axis(n)
     if d is None:
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "mean")
-    return _through(r.read(n.args[0], q, m), x.as_var(v), lambda: r.leaf(n, c))
+    if not is_real(n):
+        return None
+    huge = torch.finfo(dtype(n)).max / r.shape(n.args[0])[d].hi  # beyond it the sum overflows
+    return _through(r.read(n.args[0], q, m), x.as_var(v), lambda: r.leaf(n, c), huge)
 
 
-def _through(e: Expr, v: Expr | None, leaf: Callable[[], Expr]) -> Expr:
+def _through(e: Expr, v: Expr | None, leaf: Callable[[], Expr], huge: float) -> Expr:
     if e.op == "if_real" and v not in e.args[0].free:
-        return x.select(e.args[0], _through(e.args[1], v, leaf), _through(e.args[2], v, leaf))
-    return e if e.op == "const" else leaf()
+        return x.select(e.args[0], _through(e.args[1], v, leaf, huge), _through(e.args[2], v, leaf, huge))
+    if e.op != "const":
+        return leaf()
+    return e if e.args[0] == 0 or math.isinf(e.args[0]) else x.opaque("about", e) if abs(e.args[0]) < huge else leaf()
 
 
 @values("cumsum")
