@@ -1,0 +1,1 @@
+"""Tests of the passes: expressions, solver, reading rules, facts, legality."""
