@@ -1,0 +1,247 @@
+"""Queries that see no key: every way of masking, with and without gradients, gives what eager gives, or is refused.
+
+In eager a row without keys is NaN, zero, or an average over masked keys, and each has a gradient of its own, down to which entries
+of it are NaN. The op gives zeros and lse = -inf; the rewrite repairs the row from that, or the site is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsa_compile.report import ReasonKind, Verdict
+
+from .end_to_end import BLOCK, DIM, KV_HEADS, LENGTH, TOP_K, compiled_like_eager, only_site, qkv, why
+
+INF = math.inf
+MIN = torch.finfo(torch.float32).min
+SCALE = DIM**-0.5
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * SCALE
+
+
+def filled(fill: float) -> Attend:
+    return lambda q, k, v, mask: scores(q, k).masked_fill(~mask, fill).softmax(-1) @ v
+
+
+def chosen(fill: float) -> Attend:
+    return lambda q, k, v, mask: torch.where(mask, scores(q, k), fill).softmax(-1) @ v
+
+
+def added(fill: float) -> Attend:
+    return lambda q, k, v, mask: (scores(q, k) + torch.zeros(mask.shape).masked_fill(~mask, fill)).softmax(-1) @ v
+
+
+def subtracted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (scores(q, k) - (~mask).float() * 1e9).softmax(-1) @ v
+
+
+def nan_to_num(fill: float = -INF, add: bool = False) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k)
+        s = s + torch.zeros(mask.shape).masked_fill(~mask, fill) if add else s.masked_fill(~mask, fill)
+        return s.softmax(-1).nan_to_num(0.0) @ v
+
+    return attend
+
+
+def nan_to_num_of_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return filled(-INF)(q, k, v, mask).nan_to_num(0.0)
+
+
+def masked_again(fill: float, add: bool = False) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k)
+        s = s + torch.zeros(mask.shape).masked_fill(~mask, fill) if add else s.masked_fill(~mask, fill)
+        return s.softmax(-1).masked_fill(~mask, 0.0) @ v
+
+    return attend
+
+
+def rows_repaired(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`where(any key, output, 0)` behind the attention."""
+    return torch.where(mask.any(-1, keepdim=True), filled(-1e9)(q, k, v, mask), 0.0)
+
+
+def sdpa(additive: float | None = None) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        bias = mask if additive is None else torch.zeros(mask.shape).masked_fill(~mask, additive)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    return attend
+
+
+def handmade(fill: float) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k).masked_fill(~mask, fill)
+        e = (s - s.amax(-1, keepdim=True).detach()).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    return attend
+
+
+WAYS: dict[str, Attend] = {
+    "masked_fill -inf": filled(-INF),
+    "masked_fill finfo.min": filled(MIN),
+    "masked_fill -1e9": filled(-1e9),
+    "masked_fill a tenth of finfo.min": filled(MIN / 10),
+    "where -inf": chosen(-INF),
+    "where finfo.min": chosen(MIN),
+    "added -inf": added(-INF),
+    "added finfo.min": added(MIN),
+    "added -1e9": added(-1e9),
+    "subtracted 1e9": subtracted,
+    "nan_to_num": nan_to_num(),
+    "nan_to_num, added": nan_to_num(add=True),
+    "nan_to_num, finite": nan_to_num(-1e9),
+    "nan_to_num of the output": nan_to_num_of_output,
+    "masked again, -inf": masked_again(-INF),
+    "masked again, finite": masked_again(-1e9),
+    "masked again, finite, added": masked_again(-1e9, add=True),
+    "masked again, -inf, added": masked_again(-INF, add=True),
+    "rows repaired": rows_repaired,
+    "SDPA, truths": sdpa(),
+    "SDPA, added -inf": sdpa(-INF),
+    "SDPA, added finfo.min": sdpa(MIN),
+    "SDPA, added -1e9": sdpa(-1e9),
+    "softmax by hand, -inf": handmade(-INF),
+    "softmax by hand, finite": handmade(-1e9),
+}
+MUST_FIRE_WITHOUT_GRAD = {
+    "masked_fill -inf", "masked_fill finfo.min", "masked_fill -1e9", "where -inf", "where finfo.min", "nan_to_num",
+    "masked again, -inf", "masked again, finite", "SDPA, truths", "SDPA, added -inf",
+}  # fmt: skip
+"""Ways in which a row without keys has a value that the op's log-sum-exp can repair: refusing them would be idle."""
+MUST_FIRE_WITH_GRAD = MUST_FIRE_WITHOUT_GRAD
+
+
+def strict(n: int = LENGTH) -> Tensor:
+    """Blocks before the query's own: the first block's queries see nothing."""
+    own = torch.arange(n)[:, None] // BLOCK
+    return torch.arange(n) // BLOCK < own
+
+
+def compressed_mask(m: int, n: int = LENGTH) -> Tensor:
+    return torch.arange(m) * 4 + 3 <= torch.arange(n)[:, None]
+
+
+def selection(q: Tensor, k: Tensor) -> Tensor:
+    """Blocks by score alone, future ones among them: early queries may see nothing once causality is applied."""
+    indices = (q @ k.unflatten(2, (-1, BLOCK)).mean(3).mT).topk(TOP_K, -1).indices
+    blocks = torch.zeros(*indices.shape[:-1], k.shape[2] // BLOCK, dtype=torch.bool).scatter(-1, indices, True)
+    return blocks.repeat_interleave(BLOCK, -1) & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+
+
+def check(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], must_fire: bool, role: str) -> None:
+    report = compiled_like_eager(fn, inputs)
+    site = only_site(report)
+    if must_fire:
+        assert (site.verdict, site.role) == (Verdict.REWRITTEN, role), why(report)
+    elif site.verdict is not Verdict.REWRITTEN:
+        assert site.reason is not None
+        assert site.reason.kind in (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT, ReasonKind.FILL, ReasonKind.LOGITS), why(report)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.replace(" ", "_"))
+def test_selected_rows_that_see_nothing(way: str, grad: bool) -> None:
+    inputs = tuple(t.requires_grad_(grad) for t in (t.detach() for t in qkv()))
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return WAYS[way](q, k, v, selection(q, k))
+
+    assert (~selection(inputs[0], inputs[1]).any(-1)).any(), "the inputs have no row without keys"
+    check(fn, inputs, way in (MUST_FIRE_WITH_GRAD if grad else MUST_FIRE_WITHOUT_GRAD), "selected")
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.replace(" ", "_"))
+def test_compressed_rows_that_see_nothing(way: str, grad: bool) -> None:
+    inputs = tuple(t.requires_grad_(grad) for t in (t.detach() for t in qkv(m=LENGTH // 4)))
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return WAYS[way](q, k, v, compressed_mask(k.shape[2]))
+
+    check(fn, inputs, way in (MUST_FIRE_WITH_GRAD if grad else MUST_FIRE_WITHOUT_GRAD), "compressed")
+
+
+@pytest.mark.parametrize("way", ["masked_fill -inf", "masked_fill finfo.min", "nan_to_num", "SDPA, truths"], ids=lambda w: w.replace(" ", "_"))
+def test_grouped_heads_repair_each_query_head(way: str) -> None:
+    """The repaired value is that of the head's own values."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return WAYS[way](q, k, v, compressed_mask(k.shape[2]))
+
+    check(fn, qkv(m=LENGTH // 4, kv_heads=KV_HEADS), True, "compressed")
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, fill: float, repair: bool = False) -> Tensor:
+    """Per-query gather of blocks; where all of them lie in the future, nothing is left."""
+    b, h, n, _ = q.shape
+    indices = (q @ k.unflatten(2, (-1, BLOCK)).mean(3).mT).topk(TOP_K, -1).indices
+    batch, head = torch.arange(b)[:, None, None, None], torch.arange(h)[:, None, None]
+    keys, values = (t.unflatten(2, (-1, BLOCK))[batch, head, indices].flatten(3, 4) for t in (k, v))
+    position = (indices[..., None] * BLOCK + torch.arange(BLOCK)).flatten(-2)
+    s = torch.einsum("bhid,bhijd->bhij", q, keys) * SCALE
+    p = s.masked_fill(position > torch.arange(n)[:, None], fill).softmax(-1)
+    return torch.einsum("bhij,bhijd->bhid", p.nan_to_num(0.0) if repair else p, values)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("fill, repair", [(-INF, False), (-INF, True), (MIN, False), (-1e9, False)], ids=["-inf", "nan_to_num", "finfo.min", "-1e9"])
+def test_gathered_rows_that_see_nothing(fill: float, repair: bool, grad: bool) -> None:
+    """In eager the NaN of such a row reaches the gradient of the gathered values only, and a finite fill averages over those."""
+    inputs = tuple(t.requires_grad_(grad) for t in (t.detach() for t in qkv()))
+    check(lambda q, k, v: gathered(q, k, v, fill, repair), inputs, repair, "selected")
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("fill", [-INF, -1e9], ids=["-inf", "-1e9"])
+def test_unfolded_rows_that_see_nothing(fill: float, grad: bool) -> None:
+    """A strict window by pad and unfold: query 0 sees only padding."""
+    inputs = tuple(t.requires_grad_(grad) for t in (t.detach() for t in qkv()))
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, window: int = 8) -> Tensor:
+        keys, values = (F.pad(t, (0, 0, window, 0))[:, :, :-1].unfold(2, window, 1) for t in (k, v))
+        position = torch.arange(LENGTH)[:, None] - window + torch.arange(window)
+        s = torch.einsum("bhid,bhidw->bhiw", q, keys) * SCALE
+        return torch.einsum("bhiw,bhidw->bhid", s.masked_fill(position < 0, fill).softmax(-1), values)
+
+    compiled_like_eager(fn, inputs)
+
+
+@pytest.mark.parametrize("fills", [(-INF, -1e9), (MIN, -1e9), (-1e9, -1e9)], ids=str)
+def test_two_fills_in_one_row(fills: tuple[float, float]) -> None:
+    """Causality and selection masked apart: with one finite fill below another, the higher one is averaged alone."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        mask = selection(q, k)
+        return scores(q, k).masked_fill(~mask, fills[1]).masked_fill(~causal, fills[0]).softmax(-1) @ v
+
+    report = compiled_like_eager(fn, qkv())
+    site = only_site(report)
+    assert site.verdict is Verdict.REWRITTEN or site.reason is not None
+
+
+def test_padded_rows_by_an_input_are_not_ours() -> None:
+    """A padding mask is run-time data: nothing is known about its rows."""
+    padding = torch.ones(1, LENGTH, dtype=torch.bool)
+    padding[:, :3] = False
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & padding[:, None, None, :]
+        return filled(-INF)(q, k, v, mask)
+
+    report = compiled_like_eager(fn, (*qkv(), padding))
+    assert only_site(report).verdict is Verdict.REFUSED
