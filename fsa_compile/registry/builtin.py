@@ -19,6 +19,14 @@ from ..report import Reason, ReasonKind
 from .pattern import BlockList, Candidate, Pattern, Segment, Tensors
 
 
+SHORT = 1024
+"""Below so many queries dense attention is at least as fast. Measured on two CPU cores: selected attention against SDPA with a
+ready mask takes 8 ms and 10 ms at 512 keys, 45 and 27 at 1024 (``benchmarks/results``)."""
+SHORT_ON_CUDA = 4096
+"""The same for selected attention on an H100, where full attention is level with it at 8192 keys and a dense mask, which the
+user's code needs, costs several times full attention (``docs/kernels/selected.md``)."""
+
+
 def first_true(n: int, holds: Any) -> int | None:
     """The least k in [0, n) with ``holds(k)``, for a property that stays true once it is; None if it never is."""
     if n == 0 or not holds(n - 1):
@@ -84,7 +92,7 @@ class SlidingWindow(Pattern):
 
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         window, n = candidate.parameters["window"], form.queries
-        if form.dense and n < 4 * window or n < 512:
+        if form.dense and n < 4 * window or n < SHORT:
             return Reason(ReasonKind.UNPROFITABLE, f"{n} queries with a window of {window}: dense attention is as fast")
         return None
 
@@ -118,7 +126,7 @@ class Compressed(Pattern):
         yield Candidate("compressed", {"stride": stride, "last": last, "prefix": prefix}, visible, witnesses=(x.ZERO,))
 
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
-        if form.queries < 512:
+        if form.queries < SHORT:
             return Reason(ReasonKind.UNPROFITABLE, f"{form.queries} queries: dense attention is as fast")
         return None
 
@@ -232,7 +240,8 @@ class Selected(Pattern):
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         p, n = candidate.parameters, form.keys
         attended = p["block_size"] * p["top_k"]
-        if form.dense and 2 * attended > n or n < 512:
+        least = SHORT if device.type == "cpu" else SHORT_ON_CUDA
+        if form.dense and 2 * attended > n or n < least:
             return Reason(ReasonKind.UNPROFITABLE, f"{attended} of {n} keys are selected: dense attention is as fast")
         return None
 

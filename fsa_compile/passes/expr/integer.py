@@ -179,14 +179,14 @@ def upper(x: Expr) -> Expr | None:
     """A symbolic upper bound of `x`: every variable with a positive coefficient at its last value."""
     out = integer(x.args[0])
     for a, k in x.args[1]:
-        if k < 0:
+        if a.op == "size":
+            out = plus(out, times(poly(a), k))
+        elif k < 0:
             if a.lo == -INF:
                 return None
             out = plus(out, int(a.lo) * k)
         elif a.op == "var":
             out = plus(out, times(minus(a.args[1], 1), k))
-        elif a.op == "size":
-            out = plus(out, times(poly(a), k))
         elif a.hi < INF:
             out = plus(out, int(a.hi) * k)
         else:
@@ -248,8 +248,9 @@ def floordiv(x: Expr, c: Expr | int) -> Expr:
 
 
 def _div_bounds(x: Expr, c: Expr) -> tuple[float, float]:
-    lo = -INF if x.lo == -INF else (x.lo // c.lo if x.lo < 0 else (0 if c.hi == INF else x.lo // c.hi))
-    hi = INF if x.hi == INF else (x.hi // c.lo if x.hi >= 0 else -1)
+    least = max(c.lo, 1)  # a size may be zero, but then nothing is divided by it
+    lo = -INF if x.lo == -INF else (x.lo // least if x.lo < 0 else (0 if c.hi == INF else x.lo // max(c.hi, 1)))
+    hi = INF if x.hi == INF else (x.hi // least if x.hi >= 0 else -1)
     return lo, hi
 
 

@@ -82,7 +82,7 @@ def add_reals(a: Expr, b: Expr) -> Expr:
             c = x.args[0]
             if c == 0:
                 return y
-            if y.op == "float" and c == int(c):
+            if y.op == "float" and math.isfinite(c) and c == int(c):
                 return make("float", (plus(y.args[0], int(c)),), REAL)
         return make("add", (x, y), REAL)
 

@@ -6,3 +6,5 @@
 * `membership`: scatter, index_put, one_hot, top-k
 * `contraction`: matmul, einsum, scaled_dot_product_attention, softmax
 """
+
+from .. import reader  # noqa: F401  (which imports the rule modules, in order, once its tables exist)
