@@ -197,17 +197,23 @@ def _not_written(output: Node, operands: Iterable[Node], order: dict[Node, int])
             )
 
 
-def _between(operands: Iterable[Node], output: Node) -> set[Node]:
-    """Real-valued nodes on a way from an operand to the output, the output included."""
-    below = dg.ancestors([output], frozenset(operands))
+def _between(operands: tuple[Node, ...], output: Node) -> set[Node]:
+    """Nodes on a way of real values from an operand to the output, the output included: where gradients flow."""
+    above: set[Node] = set()
+    todo = [output]
+    while todo:
+        n = todo.pop()
+        if n not in above and n not in operands and _is_real(n):
+            above.add(n)
+            todo.extend(n.all_input_nodes)
     reached: set[Node] = set()
-    todo = [n for n in operands]
+    todo = list(operands)
     while todo:
         for u in todo.pop().users:
-            if u in below and u not in reached and _is_real(u):
+            if u in above and u not in reached:
                 reached.add(u)
                 todo.append(u)
-    return reached - set(operands)
+    return reached
 
 
 def _is_real(n: Node) -> bool:

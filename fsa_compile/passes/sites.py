@@ -12,7 +12,8 @@ from .reader import SOFTMAXES, Reader, argument, is_real, is_tensor, op_name
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 _TRANSPARENT = frozenset(
     "view reshape _unsafe_view permute transpose clone contiguous squeeze unsqueeze alias _to_copy to dropout "
-    "native_dropout nan_to_num masked_fill where mul div getitem expand slice flatten unflatten detach type_as".split()
+    "native_dropout nan_to_num masked_fill where mul div getitem expand slice flatten unflatten detach type_as select_scatter "
+    "slice_scatter scatter index_put copy".split()
 )
 """What may stand between probabilities and their contraction; the reader decides whether it is harmless."""
 
@@ -70,9 +71,14 @@ def _contractions(n: Node) -> list[Node]:
             name = op_name(user)
             if name in CONTRACTIONS and is_tensor(user) and user.meta["val"].dim() >= 2:
                 found.append(user)
-            elif name in _TRANSPARENT:
+            elif name in _TRANSPARENT or name in ("add", "sub") and _same_shape(user, n):
                 todo.append(user)
     return sorted(found, key=list(n.graph.nodes).index)
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    """Whether a sum is still one of probabilities (a straight-through estimator, say), not one of outputs."""
+    return is_tensor(a) and a.meta["val"].shape == b.meta["val"].shape
 
 
 def dropout_between(n: Node) -> float:

@@ -48,7 +48,7 @@ def register(pattern: Pattern) -> Pattern:
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"register: pattern must be a Pattern, got {type(pattern).__name__}")
-    if not pattern.name:
+    if not isinstance(pattern.name, str) or not pattern.name:
         raise ValueError("register: pattern.name must be a non-empty string")
     if pattern.name in _patterns:
         _patterns[pattern.name] = pattern

@@ -79,7 +79,7 @@ def nonnegative(x: Expr) -> Expr:
         return TRUE
     if x.hi < 0:
         return FALSE
-    if x.hi == INF or x.lo == -INF:  # symbolic sizes may still cancel: s - 1 - j with j < s
+    if any(a.op == "size" for a, _ in x.args[1]):  # symbolic sizes may still cancel: s - 1 - j with j < s
         top, bottom = upper(x), upper(times(x, -1))
         if bottom is not None and bottom.hi <= 0:
             return TRUE
