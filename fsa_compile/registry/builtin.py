@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..kernels import ops as _registers_the_ops  # noqa: F401
+from ..kernels.availability import why_no_kernel
 from ..passes import expr as x
 from ..passes.evaluate import DataDependent, at_point
 from ..passes.expr import Expr
@@ -17,7 +18,6 @@ from ..passes.refusal import Refusal
 from ..passes.visibility import slot_and_offset
 from ..report import Reason, ReasonKind
 from .pattern import BlockList, Candidate, Pattern, Segment, Tensors
-
 
 SHORT = 1024
 """Below so many queries dense attention is at least as fast. Measured on two CPU cores: selected attention against SDPA with a
@@ -36,6 +36,13 @@ def first_true(n: int, holds: Any) -> int | None:
         mid = (lo + hi) // 2
         lo, hi = (lo, mid) if holds(mid) else (mid + 1, hi)
     return lo
+
+
+def _no_kernel(form: FormView, device: torch.device, dtype: torch.dtype, block_size: int | None = None) -> Reason | None:
+    """Why the op would fall back to a slow path on this device, or None."""
+    hq, dk, dv = (form.reader.sizes.hint(s) for s in (form.form.sizes[1], *form.form.sizes[3:]))
+    why = why_no_kernel(device, dtype, (hq, form.form.kv_heads), (dk, dv), block_size)
+    return None if why is None else Reason(ReasonKind.UNPROFITABLE, f"no kernel for this case: {why}")
 
 
 class Causal(Pattern):
@@ -94,7 +101,7 @@ class SlidingWindow(Pattern):
         window, n = candidate.parameters["window"], form.queries
         if form.dense and n < 4 * window or n < SHORT:
             return Reason(ReasonKind.UNPROFITABLE, f"{n} queries with a window of {window}: dense attention is as fast")
-        return None
+        return _no_kernel(form, device, dtype)
 
     def build(self, candidate: Candidate, t: Tensors) -> Any:
         return torch.ops.fsa.sliding_window_attention(t.q, t.k, t.v, candidate.parameters["window"], t.scale, 0)
@@ -128,7 +135,7 @@ class Compressed(Pattern):
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         if form.queries < SHORT:
             return Reason(ReasonKind.UNPROFITABLE, f"{form.queries} queries: dense attention is as fast")
-        return None
+        return _no_kernel(form, device, dtype)
 
     def build(self, candidate: Candidate, t: Tensors) -> Any:
         p = candidate.parameters
@@ -243,7 +250,7 @@ class Selected(Pattern):
         least = SHORT if device.type == "cpu" else SHORT_ON_CUDA
         if form.dense and 2 * attended > n or n < least:
             return Reason(ReasonKind.UNPROFITABLE, f"{attended} of {n} keys are selected: dense attention is as fast")
-        return None
+        return _no_kernel(form, device, dtype, p["block_size"])
 
     def build(self, candidate: Candidate, t: Tensors) -> Any:
         p = candidate.parameters

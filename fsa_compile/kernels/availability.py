@@ -1,0 +1,37 @@
+"""Whether an op has a real kernel for a case, or would run the blocked PyTorch path: what profit decides on.
+
+On the CPU the blocked path is the kernel. On CUDA it is a fallback that keeps results right and is much slower than what
+Inductor makes of dense attention, so `profit="auto"` does not rewrite there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def why_no_kernel(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dims: tuple[int, int], block_size: int | None = None
+) -> str | None:
+    """One sentence on why no kernel takes the case, or None if one does.
+
+    Args:
+        device: Where the op would run.
+        dtype: Of q, k and v.
+        heads: ``(hq, hkv)``.
+        head_dims: ``(dk, dv)``.
+        block_size: Keys per block for selected attention; None for the window and compressed ops.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from .triton import banded_attention, selected_attention
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        return "triton is not installed"
+    (hq, hkv), (dk, dv) = heads, head_dims
+    q, k, v = (torch.empty(1, h, 1, d, device=device, dtype=dtype) for h, d in ((hq, dk), (hkv, dk), (hkv, dv)))
+    if block_size is None:
+        return banded_attention.supports(q, k, v)
+    indices = torch.zeros(1, hkv, 1, 1, device=device, dtype=torch.int64)
+    return selected_attention.supports(q, k, v, indices, block_size)
