@@ -180,6 +180,25 @@ def _(
 _connect(selected_attention, selected_attention_backward, tensors=4)
 
 
+# -------------------------------------------------------------------------------------------------------- bands on a GPU
+
+
+def _cuda_banded(
+    name: str, tensors: tuple[Tensor | None, ...], qkv: tuple[Tensor, ...], scale: float, band: Callable[[], cpu.Band], **rule: Any
+) -> tuple[Tensor, ...]:
+    """The Triton kernel `name` under `rule` where triton is installed and takes `qkv`, else the blocked path over `band`."""
+    with _full_precision(qkv[0]):
+        try:
+            from fsa_compile.kernels.triton import banded_attention as kernels
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "triton":
+                raise
+        else:
+            if kernels.supports(*qkv) is None:
+                return getattr(kernels, name)(*tensors, scale, kernels.BandRule(**rule))
+        return getattr(cpu, name)(*tensors, band(), scale)
+
+
 # -------------------------------------------------------------------------------------------------- compressed attention
 
 
@@ -233,6 +252,49 @@ def compressed_attention_backward(
         return cpu.banded_attention_backward(dout, dlse, q, k_cmp, v_cmp, out, lse, band, scale)
 
 
+@compressed_attention.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    scale: float,
+    stride: int,
+    last: int,
+    prefix: int = 0,
+    q_offset: int = 0,
+    q_offsets: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    tensors = q, k_cmp, v_cmp
+    return _cuda_banded(
+        "banded_attention_forward", tensors, tensors, scale,
+        lambda: cpu.compressed_band(q.shape[2], k_cmp.shape[2], stride, last, prefix, q_offset, q_offsets),
+        stride=stride, last=last, prefix=prefix, q_offset=q_offset, q_offsets=q_offsets,
+    )  # fmt: skip
+
+
+@compressed_attention_backward.register_kernel("cuda")
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    stride: int,
+    last: int,
+    prefix: int = 0,
+    q_offset: int = 0,
+    q_offsets: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    return _cuda_banded(
+        "banded_attention_backward", (dout, dlse, q, k_cmp, v_cmp, out, lse), (q, k_cmp, v_cmp), scale,
+        lambda: cpu.compressed_band(q.shape[2], k_cmp.shape[2], stride, last, prefix, q_offset, q_offsets),
+        stride=stride, last=last, prefix=prefix, q_offset=q_offset, q_offsets=q_offsets,
+    )  # fmt: skip
+
+
 _connect(compressed_attention, compressed_attention_backward, tensors=3)
 
 
@@ -283,6 +345,46 @@ def sliding_window_attention_backward(
     band = cpu.sliding_window_band(q.shape[2], k.shape[2], window, _offset(q_offset, q, k), q_offsets)
     with _full_precision(q):
         return cpu.banded_attention_backward(dout, dlse, q, k, v, out, lse, band, scale)
+
+
+@sliding_window_attention.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    q_offset: int | None = None,
+    q_offsets: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    offset = _offset(q_offset, q, k)
+    return _cuda_banded(
+        "banded_attention_forward", (q, k, v), (q, k, v), scale,
+        lambda: cpu.sliding_window_band(q.shape[2], k.shape[2], window, offset, q_offsets),
+        window=window, q_offset=offset, q_offsets=q_offsets,
+    )  # fmt: skip
+
+
+@sliding_window_attention_backward.register_kernel("cuda")
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+    q_offset: int | None = None,
+    q_offsets: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    offset = _offset(q_offset, q, k)
+    return _cuda_banded(
+        "banded_attention_backward", (dout, dlse, q, k, v, out, lse), (q, k, v), scale,
+        lambda: cpu.sliding_window_band(q.shape[2], k.shape[2], window, offset, q_offsets),
+        window=window, q_offset=offset, q_offsets=q_offsets,
+    )  # fmt: skip
 
 
 _connect(sliding_window_attention, sliding_window_attention_backward, tensors=3)
