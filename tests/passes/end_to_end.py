@@ -48,7 +48,7 @@ class Outcome:
 
 
 def outcome(fn: Function, inputs: tuple[Tensor, ...]) -> Outcome:
-    """Runs `fn` and takes gradients of a random functional of all its real outputs. Inputs are copied: `fn` may write into them."""
+    """Runs `fn` and takes gradients of a random functional of its real outputs. Inputs are copied: `fn` may write into them."""
     leaves = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
     outputs = tuple(tree_leaves(fn(*leaves)))
     generator = torch.Generator().manual_seed(99)
@@ -68,7 +68,9 @@ def assert_same(got: Outcome, want: Outcome, tolerance: float = TOLERANCE) -> No
             name = f"{kind}[{k}]"
             if b is None or a is None:
                 # A gradient of zeros is what eager calls unused where the op still knows the input, never more.
-                assert a is b is None or (b is None and not a.any()), f"{name}: {'none' if a is None else 'some'}, eager the other"
+                assert a is b is None or (b is None and not a.any()), (
+                    f"{name}: {'none' if a is None else 'some'}, eager the other"
+                )
                 continue
             assert a.dtype == b.dtype and a.shape == b.shape, name
             assert torch.equal(a.isnan(), b.isnan()), f"{name}: {int(a.isnan().sum())} NaN, eager has {int(b.isnan().sum())}"

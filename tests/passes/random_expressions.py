@@ -20,6 +20,7 @@ S, T = x.size_symbol("s", 2, 9), x.size_symbol("t", 1, math.inf)
 N = x.var("n", S)
 VARIABLES = {"i": I, "j": J, "k": K, "n": N}
 
+
 @dataclass(frozen=True)
 class Twin:
     """An expression and the Python function that it stands for."""
@@ -52,8 +53,10 @@ leaves = st.sampled_from(sorted({**VARIABLES, "s": S, "t": T})).map(_leaf) | con
 static_divisors = st.integers(1, 12).map(lambda c: Twin(x.integer(c), lambda p: c))
 divisors = st.one_of(
     static_divisors,
-    st.sampled_from([Twin(S, lambda p: p["s"]), Twin(x.times(S, 3), lambda p: 3 * p["s"]), Twin(x.times(S, T), lambda p: p["s"] * p["t"])]),
-)  # fmt: skip
+    st.sampled_from(
+        [Twin(S, lambda p: p["s"]), Twin(x.times(S, 3), lambda p: 3 * p["s"]), Twin(x.times(S, T), lambda p: p["s"] * p["t"])]
+    ),
+)
 
 
 def integers_over(inner: st.SearchStrategy[Twin], divisors: st.SearchStrategy[Twin]) -> st.SearchStrategy[Twin]:
@@ -76,9 +79,11 @@ def integers_over(inner: st.SearchStrategy[Twin], divisors: st.SearchStrategy[Tw
             lambda a: Twin(x.clamp(a[0].e, a[1], a[1] + a[2]), lambda p: min(max(a[0].f(p), a[1]), a[1] + a[2]))
         ),
         st.tuples(inner, inner, inner).map(
-            lambda a: Twin(x.select(x.at_least(a[0].e, x.ZERO), a[1].e, a[2].e), lambda p: a[1].f(p) if a[0].f(p) >= 0 else a[2].f(p))
+            lambda a: Twin(
+                x.select(x.at_least(a[0].e, x.ZERO), a[1].e, a[2].e), lambda p: a[1].f(p) if a[0].f(p) >= 0 else a[2].f(p)
+            )
         ),
-    )  # fmt: skip
+    )
 
 
 def compare(a: Twin, b: Twin, op: str) -> Twin:
@@ -97,7 +102,9 @@ def comparisons_of(integers: st.SearchStrategy[Twin]) -> st.SearchStrategy[Twin]
 
 def formulas_over(inner: st.SearchStrategy[Twin]) -> st.SearchStrategy[Twin]:
     def pair(build: Callable[[Expr, Expr], Expr], f: Callable[[bool, bool], bool]) -> st.SearchStrategy[Twin]:
-        return st.tuples(inner, inner).map(lambda ab: Twin(build(ab[0].e, ab[1].e), lambda p: f(bool(ab[0].f(p)), bool(ab[1].f(p)))))
+        return st.tuples(inner, inner).map(
+            lambda ab: Twin(build(ab[0].e, ab[1].e), lambda p: f(bool(ab[0].f(p)), bool(ab[1].f(p))))
+        )
 
     return st.one_of(
         inner.map(lambda a: Twin(x.negate(a.e), lambda p: not a.f(p))),

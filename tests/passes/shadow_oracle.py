@@ -141,9 +141,13 @@ class Reading:
         # A dimension of size one has the constant coordinate 0.
         present = [(x.as_var(a), s) for a, s in zip(self.axes, shape) if x.as_var(a) is not None]
         oracle = Oracle(
-            [a for a, _ in present], [s for _, s in present], self._tensor, self._shape, lambda name: self.reader.sizes.hints[name],
+            [a for a, _ in present],
+            [s for _, s in present],
+            self._tensor,
+            self._shape,
+            lambda name: self.reader.sizes.hints[name],
             torch.device("cpu"),
-        )  # fmt: skip
+        )
         oracle.reader = self.reader
         value = torch.as_tensor(oracle(e)).expand([s for _, s in present])
         return value.reshape(shape)
@@ -167,7 +171,12 @@ class Reading:
             # A float64 sum of a few products of float32 data: a handful of roundings of the eager result's dtype.
             tolerance = 64 * torch.finfo(want.dtype).eps
             torch.testing.assert_close(
-                got, want.double(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"read as {self.expression}\n{m}"
+                got,
+                want.double(),
+                rtol=tolerance,
+                atol=tolerance,
+                equal_nan=True,
+                msg=lambda m: f"read as {self.expression}\n{m}",
             )
         else:
             assert torch.equal(got.long(), want.long()), f"read as {self.expression}\n got {got.tolist()}\nwant {want.tolist()}"

@@ -1,7 +1,7 @@
 """Queries that see no key: every way of masking, with and without gradients, gives what eager gives, or is refused.
 
-In eager a row without keys is NaN, zero, or an average over masked keys, and each has a gradient of its own, down to which entries
-of it are NaN. The op gives zeros and lse = -inf; the rewrite repairs the row from that, or the site is refused.
+In eager a row without keys is NaN, zero, or an average over masked keys, and each has a gradient of its own, down to which
+entries of it are NaN. The op gives zeros and lse = -inf; the rewrite repairs the row from that, or the site is refused.
 """
 
 from __future__ import annotations
@@ -117,9 +117,17 @@ WAYS: dict[str, Attend] = {
     "softmax by hand, finite": handmade(-1e9),
 }
 MUST_FIRE_WITHOUT_GRAD = {
-    "masked_fill -inf", "masked_fill finfo.min", "masked_fill -1e9", "where -inf", "where finfo.min", "nan_to_num",
-    "masked again, -inf", "masked again, finite", "SDPA, truths", "SDPA, added -inf",
-}  # fmt: skip
+    "masked_fill -inf",
+    "masked_fill finfo.min",
+    "masked_fill -1e9",
+    "where -inf",
+    "where finfo.min",
+    "nan_to_num",
+    "masked again, -inf",
+    "masked again, finite",
+    "SDPA, truths",
+    "SDPA, added -inf",
+}
 """Ways in which a row without keys has a value that the op's log-sum-exp can repair: refusing them would be idle."""
 MUST_FIRE_WITH_GRAD = MUST_FIRE_WITHOUT_GRAD
 
@@ -174,7 +182,9 @@ def test_compressed_rows_that_see_nothing(way: str, grad: bool) -> None:
     check(fn, inputs, way in (MUST_FIRE_WITH_GRAD if grad else MUST_FIRE_WITHOUT_GRAD), "compressed")
 
 
-@pytest.mark.parametrize("way", ["masked_fill -inf", "masked_fill finfo.min", "nan_to_num", "SDPA, truths"], ids=lambda w: w.replace(" ", "_"))
+@pytest.mark.parametrize(
+    "way", ["masked_fill -inf", "masked_fill finfo.min", "nan_to_num", "SDPA, truths"], ids=lambda w: w.replace(" ", "_")
+)
 def test_grouped_heads_repair_each_query_head(way: str) -> None:
     """The repaired value is that of the head's own values."""
 
@@ -198,7 +208,9 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, fill: float, repair: bool = False)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
-@pytest.mark.parametrize("fill, repair", [(-INF, False), (-INF, True), (MIN, False), (-1e9, False)], ids=["-inf", "nan_to_num", "finfo.min", "-1e9"])
+@pytest.mark.parametrize(
+    "fill, repair", [(-INF, False), (-INF, True), (MIN, False), (-1e9, False)], ids=["-inf", "nan_to_num", "finfo.min", "-1e9"]
+)
 def test_gathered_rows_that_see_nothing(fill: float, repair: bool, grad: bool) -> None:
     """In eager the NaN of such a row reaches the gradient of the gathered values only, and a finite fill averages over those."""
     inputs = tuple(t.requires_grad_(grad) for t in (t.detach() for t in qkv()))

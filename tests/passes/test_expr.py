@@ -19,7 +19,7 @@ from fsa_compile.passes.expr import Expr
 from fsa_compile.passes.reader import Reader  # the tables first: rule modules register themselves
 from fsa_compile.passes.rules.index import regroup, unflatten
 
-from .random_expressions import I, J, K, N, S, SIZES, T, VARIABLES, Point, Twin, divisors, formulas, integers, points, value
+from .random_expressions import SIZES, VARIABLES, I, J, K, N, Point, S, T, Twin, divisors, formulas, integers, points, value
 
 quick = settings(max_examples=120, deadline=None, derandomize=True)
 

@@ -1,8 +1,8 @@
 """What is taken for granted about top-k, sort and memberships, on data: with ties, infinities and NaN.
 
-The facts are the trusted base of every proof about selections, so each ground instance is evaluated on what torch computes. The
-solver knows no NaN. Where reals are compared, a fact has to hold for IEEE comparisons and also when NaN is the largest number, which
-is how torch ranks it.
+The facts are the trusted base of every proof about selections, so each ground instance is evaluated on what torch computes.
+The solver knows no NaN. Where reals are compared, a fact has to hold for IEEE comparisons and also when NaN is the largest
+number, which is how torch ranks it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from .shadow_oracle import Oracle, Reading, read_result
 ROWS, BLOCKS, TOP_K = 4, 6, 3
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 scores = st.lists(
-    st.sampled_from([0.0, 1.0, 1.0, 2.0, -1.0, -0.0, math.inf, -math.inf, math.nan]), min_size=ROWS * BLOCKS, max_size=ROWS * BLOCKS
+    st.sampled_from([0.0, 1.0, 1.0, 2.0, -1.0, -0.0, math.inf, -math.inf, math.nan]),
+    min_size=ROWS * BLOCKS,
+    max_size=ROWS * BLOCKS,
 ).map(lambda v: torch.tensor(v).view(ROWS, BLOCKS))
 
 Choice = Callable[[Tensor], Tensor]
@@ -41,10 +43,16 @@ CHOICES: dict[str, Choice] = {
     "sort": lambda s: s.sort(-1).indices,
     "sort, descending": lambda s: s.sort(-1, descending=True).indices,
     "sort, stable, cut": lambda s: torch.sort(s, dim=-1, descending=True, stable=True).indices[:, :TOP_K],
-    "topk of masked scores": lambda s: s.masked_fill(torch.arange(BLOCKS) > torch.arange(ROWS)[:, None], -math.inf).topk(TOP_K).indices,
-    "topk with a forced block": lambda s: s.masked_fill(torch.arange(BLOCKS) == torch.arange(ROWS)[:, None], math.inf).topk(TOP_K).indices,
-}  # fmt: skip
-each_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=lambda c: next(k for k, v in CHOICES.items() if v is c).replace(" ", "_"))
+    "topk of masked scores": lambda s: (
+        s.masked_fill(torch.arange(BLOCKS) > torch.arange(ROWS)[:, None], -math.inf).topk(TOP_K).indices
+    ),
+    "topk with a forced block": lambda s: (
+        s.masked_fill(torch.arange(BLOCKS) == torch.arange(ROWS)[:, None], math.inf).topk(TOP_K).indices
+    ),
+}
+each_choice = pytest.mark.parametrize(
+    "choice", CHOICES.values(), ids=lambda c: next(k for k, v in CHOICES.items() if v is c).replace(" ", "_")
+)
 
 
 class FactOracle(Oracle):
@@ -69,7 +77,12 @@ def assert_hold(reading: Reading, facts: Iterable[Expr], axes: tuple[Expr, ...])
     for values in (reading.values, {k: _nan_largest(v) for k, v in reading.values.items()}):
         view = Reading(reading.reader, reading.node, reading.expression, reading.axes, reading.eager, values)
         oracle = FactOracle(
-            variables, [x.constant(v.args[1]) for v in variables], view._tensor, view._shape, _no_size, torch.device("cpu")  # type: ignore[union-attr]
+            variables,
+            [x.constant(v.args[1]) for v in variables],
+            view._tensor,
+            view._shape,
+            _no_size,
+            torch.device("cpu"),  # type: ignore[union-attr]
         )
         oracle.reader = reading.reader
         oracle.witnesses = {a: e for e in memberships if (a := x.as_atom(witness(e))) is not None}
@@ -132,10 +145,19 @@ def test_a_block_that_is_not_picked_does_not_outrank_the_first(choice: Choice, s
     assert_hold(reading, facts, reading.axes)
 
 
-@pytest.mark.parametrize("name, ordered", [
-    ("topk", True), ("topk, unsorted", True), ("topk, smallest", False), ("topk, smallest, unsorted", False),
-    ("sort", False), ("sort, descending", True), ("sort, stable, cut", True), ("topk with a forced block", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, ordered",
+    [
+        ("topk", True),
+        ("topk, unsorted", True),
+        ("topk, smallest", False),
+        ("topk, smallest, unsorted", False),
+        ("sort", False),
+        ("sort, descending", True),
+        ("sort, stable, cut", True),
+        ("topk with a forced block", True),
+    ],
+)
 def test_only_the_largest_first_have_an_order(name: str, ordered: bool) -> None:
     """With `largest=False` the fact is false: it made a prototype accept 1,280 wrong rows while every other test stayed green."""
     reading = read_result(mask_of(CHOICES[name]), torch.randn(ROWS, BLOCKS, generator=torch.Generator().manual_seed(0)))
@@ -203,7 +225,9 @@ def test_facts_hold_no_bound_variable() -> None:
 
 def test_lists_of_unknown_origin_have_no_pick_facts() -> None:
     """Indices that are an input of the graph may repeat and may lie outside."""
-    reading = read_result(lambda i: torch.zeros(3, 5, dtype=torch.bool).scatter(-1, i, True), torch.tensor([[1, 1], [0, 4], [2, 2]]))
+    reading = read_result(
+        lambda i: torch.zeros(3, 5, dtype=torch.bool).scatter(-1, i, True), torch.tensor([[1, 1], [0, 4], [2, 2]])
+    )
     facts = ground_facts(reading.reader, [reading.expression], ())
     assert len(facts) == 1  # the witness
     assert_hold(reading, facts, reading.axes)

@@ -1,7 +1,7 @@
 """What stands around and inside a proven site: writes, detached parts, hooks, modes, other users of its values.
 
-Every function is compared with itself in eager mode, forward and gradients. Where the rewrite stays right it is asked for; where it
-cannot be right the reason is.
+Every function is compared with itself in eager mode, forward and gradients. Where the rewrite stays right it is asked for; where
+it cannot be right the reason is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,23 @@ from torch.utils.checkpoint import checkpoint
 import fsa_compile
 from fsa_compile.report import ReasonKind
 
-from .end_to_end import BATCH, BLOCK, DIM, HEADS, KV_HEADS, LENGTH, TOP_K
-from .end_to_end import assert_refused, assert_rewritten, band, compiled_like_eager, only_site, qkv, randoms, why
+from .end_to_end import (
+    BATCH,
+    BLOCK,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    TOP_K,
+    assert_refused,
+    assert_rewritten,
+    band,
+    compiled_like_eager,
+    only_site,
+    qkv,
+    randoms,
+    why,
+)
 
 INF = math.inf
 SCALE = DIM**-0.5
@@ -124,10 +139,19 @@ def write_input_cache_after_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 WRITES = (
-    write_between, write_values_between, write_before, write_after, write_a_view_after, write_out_argument_after,
-    write_out_argument_between, write_output, write_view_of_output, write_probabilities, write_input_cache,
+    write_between,
+    write_values_between,
+    write_before,
+    write_after,
+    write_a_view_after,
+    write_out_argument_after,
+    write_out_argument_between,
+    write_output,
+    write_view_of_output,
+    write_probabilities,
+    write_input_cache,
     write_input_cache_after_scores,
-)  # fmt: skip
+)
 MUST_BE_REFUSED = (write_between, write_out_argument_between, write_probabilities, write_input_cache_after_scores)
 
 
@@ -279,21 +303,47 @@ def no_grad_around_mask_and_list(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 CUTS = (
-    detached_probabilities, detached_logits, detached_between_scale_and_mask, detached_query, detached_key_then_repeated,
-    repeated_key_then_detached, detached_values, detached_output, detached_maximum, scaled_by_data_in_the_forward_only,
-    straight_through_probabilities, straight_through_that_is_the_identity, no_grad_around_probabilities, no_grad_around_logits,
-    no_grad_around_repeat, no_grad_around_transpose, no_grad_around_scale, no_grad_around_output, no_grad_behind_output,
-    no_grad_around_the_whole, enable_grad_inside_no_grad, no_grad_around_mask_and_list,
-)  # fmt: skip
+    detached_probabilities,
+    detached_logits,
+    detached_between_scale_and_mask,
+    detached_query,
+    detached_key_then_repeated,
+    repeated_key_then_detached,
+    detached_values,
+    detached_output,
+    detached_maximum,
+    scaled_by_data_in_the_forward_only,
+    straight_through_probabilities,
+    straight_through_that_is_the_identity,
+    no_grad_around_probabilities,
+    no_grad_around_logits,
+    no_grad_around_repeat,
+    no_grad_around_transpose,
+    no_grad_around_scale,
+    no_grad_around_output,
+    no_grad_behind_output,
+    no_grad_around_the_whole,
+    enable_grad_inside_no_grad,
+    no_grad_around_mask_and_list,
+)
 STILL_FIRES = {
-    detached_query: "sliding_window", detached_key_then_repeated: "sliding_window", detached_values: "sliding_window",
-    detached_output: "sliding_window", detached_maximum: "sliding_window", no_grad_around_the_whole: "sliding_window",
+    detached_query: "sliding_window",
+    detached_key_then_repeated: "sliding_window",
+    detached_values: "sliding_window",
+    detached_output: "sliding_window",
+    detached_maximum: "sliding_window",
+    no_grad_around_the_whole: "sliding_window",
     no_grad_around_mask_and_list: "selected",
-}  # fmt: skip
+}
 MUST_NOT_FIRE = (
-    detached_probabilities, detached_logits, scaled_by_data_in_the_forward_only, straight_through_probabilities,
-    no_grad_around_probabilities, no_grad_around_logits, no_grad_around_output,
-)  # fmt: skip
+    detached_probabilities,
+    detached_logits,
+    scaled_by_data_in_the_forward_only,
+    straight_through_probabilities,
+    no_grad_around_probabilities,
+    no_grad_around_logits,
+    no_grad_around_output,
+)
 
 
 def choose(q: Tensor, k: Tensor) -> Tensor:
@@ -349,7 +399,9 @@ def hook_on_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("fn", [hook_on_probabilities, hook_on_logits, hook_on_repeated_keys, hook_on_output], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn", [hook_on_probabilities, hook_on_logits, hook_on_repeated_keys, hook_on_output], ids=lambda f: f.__name__
+)
 def test_hooks_still_run(fn: Callable[..., Tensor]) -> None:
     compiled_like_eager(fn, qkv())
 
@@ -385,7 +437,9 @@ def all_are_one(q: Tensor) -> Tensor:
     return attend(q, q, q)
 
 
-@pytest.mark.parametrize("fn, n", [(returns_probabilities, 3), (returns_logits, 3), (keys_are_values, 2), (queries_are_keys, 2), (all_are_one, 1)])
+@pytest.mark.parametrize(
+    "fn, n", [(returns_probabilities, 3), (returns_logits, 3), (keys_are_values, 2), (queries_are_keys, 2), (all_are_one, 1)]
+)
 def test_shared_values_are_rewritten(fn: Callable[..., Tensor], n: int) -> None:
     assert_rewritten(compiled_like_eager(fn, qkv()[:n]))
 
@@ -426,7 +480,10 @@ def function_on_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return Doubled.apply(attend(q, k, v))
 
 
-@pytest.mark.parametrize("fn, fires", [(function_on_keys, True), (function_on_logits, False), (function_on_probabilities, False), (function_on_output, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fn, fires",
+    [(function_on_keys, True), (function_on_logits, False), (function_on_probabilities, False), (function_on_output, True)],
+)
 def test_custom_function_keeps_its_gradient(fn: Callable[..., Tensor], fires: bool) -> None:
     report = compiled_like_eager(fn, qkv())
     assert report.rewritten == fires, why(report)
@@ -476,7 +533,9 @@ def test_dropout_on_probabilities_is_the_reason() -> None:
         return F.dropout(logits(q, k).softmax(-1), 0.5) @ v
 
     torch._dynamo.reset()
-    torch.compile(fn, backend="fsa", fullgraph=True, options={"inner": "eager", "strict": True, "profit": "always"})(*without_grad())
+    torch.compile(fn, backend="fsa", fullgraph=True, options={"inner": "eager", "strict": True, "profit": "always"})(
+        *without_grad()
+    )
     assert_refused(fsa_compile.last_report(), ReasonKind.DROPOUT)
 
 
@@ -525,12 +584,21 @@ def other_scale_for_some_keys(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Ten
 
 @pytest.mark.parametrize(
     "fn, fires",
-    [(row_bias, True), (row_bias_for_some_keys, False), (row_bias_times_mask, False), (two_row_biases, False), (scale_per_row, None),
-     (bias_per_key, False), (other_scale_for_some_keys, False)],
+    [
+        (row_bias, True),
+        (row_bias_for_some_keys, False),
+        (row_bias_times_mask, False),
+        (two_row_biases, False),
+        (scale_per_row, None),
+        (bias_per_key, False),
+        (other_scale_for_some_keys, False),
+    ],
     ids=lambda f: getattr(f, "__name__", None),
-)  # fmt: skip
+)
 def test_terms_beside_the_product(fn: Callable[..., Tensor], fires: bool | None) -> None:
-    q, k, v, g = randoms((BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH))
+    q, k, v, g = randoms(
+        (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH, DIM), (BATCH, HEADS, LENGTH)
+    )
     if fn is row_bias:
         g = g.detach()  # its gradient is rounding noise in eager, zero or none here
     report = compiled_like_eager(fn, (q, k, v, g))
@@ -596,20 +664,44 @@ def keys_reinterpreted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
+def keys_through_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A cast narrower than the data, and back: the rounding is the model's, not ours to drop."""
+    return attend(q, k.bfloat16().float(), v)
+
+
+def keys_fake_quantised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k.to(torch.float8_e4m3fn).float(), v)
+
+
 def keys_made_integers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k.int().float(), v)
 
 
 @pytest.mark.parametrize(
     "fn",
-    [compressed_slice, selected_slice, window_slice, window_offset, values_offset, keys_repeated, every_second_key, heads_slice,
-     dims_slice, other_dims, batch_broadcast, keys_reinterpreted, keys_made_integers],
+    [
+        compressed_slice,
+        selected_slice,
+        window_slice,
+        window_offset,
+        values_offset,
+        keys_repeated,
+        every_second_key,
+        heads_slice,
+        dims_slice,
+        other_dims,
+        batch_broadcast,
+        keys_reinterpreted,
+        keys_through_bfloat16,
+        keys_fake_quantised,
+        keys_made_integers,
+    ],
     ids=lambda f: f.__name__,
-)  # fmt: skip
+)
 def test_parts_of_keys_and_values(fn: Callable[..., Tensor]) -> None:
     """Whatever is taken for K and V, only what the user's code attends to counts."""
     longer = (compressed_slice, window_slice, window_offset, values_offset, keys_repeated, every_second_key)
     inputs = qkv(m=48 if fn in longer else LENGTH)
-    if fn in (keys_reinterpreted, keys_made_integers):
+    if fn in (keys_reinterpreted, keys_made_integers, keys_fake_quantised):
         inputs = (inputs[0], inputs[1].detach(), inputs[2])
     compiled_like_eager(fn, inputs)

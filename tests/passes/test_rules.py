@@ -1,7 +1,7 @@
 """Every reading rule against eager: the result of a tiny function, read at all coordinates, is what eager computes there.
 
-A case marked `leaf` is one that no expression describes exactly, and the reader must know it: the element is then an opaque datum.
-Cases that are not marked must be read, so that a rule that gives up cannot pass for one that works.
+A case marked `leaf` is one that no expression describes exactly, and the reader must know it: the element is then an opaque
+datum. Cases that are not marked must be read, so that a rule that gives up cannot pass for one that works.
 """
 
 from __future__ import annotations
@@ -141,7 +141,12 @@ MOVED = (
     case("repeat_interleave", lambda t: t.repeat_interleave(3, dim=-2), B),
     case("repeat_interleave of a vector", lambda t: t.repeat_interleave(3), V),
     case("repeat_interleave, flattened", lambda t: t.repeat_interleave(3), B, leaf=True),
-    case("repeat_interleave by a tensor", lambda t: t.repeat_interleave(torch.tensor([1, 2, 1]), dim=0, output_size=4), B, leaf=True),
+    case(
+        "repeat_interleave by a tensor",
+        lambda t: t.repeat_interleave(torch.tensor([1, 2, 1]), dim=0, output_size=4),
+        B,
+        leaf=True,
+    ),
     case("flip of two", lambda t: t.flip(0, -1), B),
     case("roll of two", lambda t: t.roll((1, -7), (0, -1)), B),
     case("roll twice over one dimension", lambda t: t.roll((1, 1), (1, 1)), B),
@@ -181,9 +186,14 @@ MEMBERSHIPS = (
     case("scatter of equal values", lambda i: torch.zeros(3, 4).scatter(-1, i, torch.ones(3, 4)), ints(2, 2, hi=4)),
     case("scatter of a value per row", lambda i, t: torch.zeros(3, 4).scatter(-1, i, t[:, :1].expand(3, 4)), ints(2, 2, hi=4), B),
     case("scatter of data", lambda i, t: torch.zeros(3, 4).scatter(-1, i, t), torch.tensor([[1, 0], [2, 3]]), B, leaf=True),
-    case("scatter that multiplies", lambda i: torch.ones(3, 4).scatter(-1, i, 2.0, reduce="multiply"), ints(2, 2, hi=4), leaf=True),
+    case(
+        "scatter that multiplies", lambda i: torch.ones(3, 4).scatter(-1, i, 2.0, reduce="multiply"), ints(2, 2, hi=4), leaf=True
+    ),
     case("scatter_add", lambda i: torch.zeros(3, 4).scatter_add(-1, i, torch.ones(3, 4)), ints(2, 2, hi=4), leaf=True),
-    case("scatter with an empty index", lambda: torch.zeros(3, 4, dtype=torch.bool).scatter(-1, torch.zeros(3, 0, dtype=torch.long), True)),
+    case(
+        "scatter with an empty index",
+        lambda: torch.zeros(3, 4, dtype=torch.bool).scatter(-1, torch.zeros(3, 0, dtype=torch.long), True),
+    ),
     case("slice assignment with a step", written((3, 7), torch.long, assign(ALL, slice(1, None, 2), value="0")), ints(3, 3)),
     case("slice assignment from the end", written((3, 7), torch.long, assign(ALL, slice(-3, None), value="0")), ints(3, 3)),
     case("slice assignment from before", written((3, 7), torch.long, assign(ALL, slice(-30, 2), value="0")), ints(3, 2)),
@@ -192,11 +202,33 @@ MEMBERSHIPS = (
     case("index_put, broadcast, negative", written((3, 4), torch.bool, assign("0", "1")), ints(5, lo=-3, hi=3), ints(2, 1, hi=4)),
     case("index_put, separated", written((3, 2, 4), torch.bool, assign("0", ALL, "1")), ints(5, hi=3), ints(2, 1, hi=4)),
     case("index_put with an arange", written((3, 4), torch.bool, assign(torch.arange(3)[:, None], "0")), ints(3, 2, hi=4)),
-    case("index_put with a shorter arange", written((3, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(2)[:, None], i), True)), ints(2, 2, hi=4)),
-    case("index_put on the diagonal", written((3, 4), torch.bool, lambda z: z.__setitem__((torch.arange(2), torch.arange(2)), True))),
-    case("index_put with a flipped arange", written((3, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(3).flip(0)[:, None], i), True)), ints(3, 2, hi=4)),
-    case("index_put with two aranges", written((3, 2, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(3)[:, None, None], torch.arange(2)[:, None], i), True)), ints(3, 2, 2, hi=4)),
-    case("index_put of several values", written((3, 4), torch.bool, assign("0", value=torch.tensor([True, False, True, True]))), ints(2, hi=3), leaf=True),
+    case(
+        "index_put with a shorter arange",
+        written((3, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(2)[:, None], i), True)),
+        ints(2, 2, hi=4),
+    ),
+    case(
+        "index_put on the diagonal",
+        written((3, 4), torch.bool, lambda z: z.__setitem__((torch.arange(2), torch.arange(2)), True)),
+    ),
+    case(
+        "index_put with a flipped arange",
+        written((3, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(3).flip(0)[:, None], i), True)),
+        ints(3, 2, hi=4),
+    ),
+    case(
+        "index_put with two aranges",
+        written(
+            (3, 2, 4), torch.bool, lambda z, i: z.__setitem__((torch.arange(3)[:, None, None], torch.arange(2)[:, None], i), True)
+        ),
+        ints(3, 2, 2, hi=4),
+    ),
+    case(
+        "index_put of several values",
+        written((3, 4), torch.bool, assign("0", value=torch.tensor([True, False, True, True]))),
+        ints(2, hi=3),
+        leaf=True,
+    ),
     case("masked assignment", written((3, 4), torch.bool, assign("0")), POSITIVE),
     case("masked assignment, inner dimension", written((3, 4), torch.bool, assign(ALL, "0")), V > 0),
     case("one_hot", lambda i: F.one_hot(i, 5), ints(3, 4, hi=5)),
@@ -205,7 +237,7 @@ MEMBERSHIPS = (
     case("isin of nothing", lambda: torch.isin(torch.arange(3), torch.zeros(0, dtype=torch.long))),
     case("any of one_hot", lambda i: F.one_hot(i, 5).any(-2), ints(3, 4, hi=5)),
     case("any of equalities", lambda i: (i[..., None] == torch.arange(6)).any(-2), ints(3, 4, hi=6)),
-)  # fmt: skip
+)
 
 REDUCTIONS = (
     case("any, keepdim", lambda t: (t > 0).any(-2, keepdim=True), A),
@@ -228,7 +260,11 @@ REDUCTIONS = (
     case("mean of rows that are masked whole", lambda t: torch.where(torch.arange(4)[:, None] > 1, t, -INF).mean(-1), A),
     case("mean, keepdim", lambda t: torch.where(torch.arange(4)[:, None] > 1, t, -INF).mean(1, keepdim=True), A),
     case("mean across a mask", lambda t: torch.where(torch.arange(5) > 1, t, -INF).mean(-1), A, leaf=True),
-    case("mean of finfo.min overflows", lambda t: torch.where(torch.arange(3)[:, None] > 0, t, torch.finfo(torch.float32).min).mean(-1), B),
+    case(
+        "mean of finfo.min overflows",
+        lambda t: torch.where(torch.arange(3)[:, None] > 0, t, torch.finfo(torch.float32).min).mean(-1),
+        B,
+    ),
     case("cumsum of ones", lambda: torch.ones(3, 4, dtype=torch.bool).cumsum(-1)),
     case("cumsum of a constant", lambda: torch.full((3, 4), 3).cumsum(0)),
     case("cumsum of data", lambda t: (t > 0).cumsum(0), B, leaf=True),
@@ -238,7 +274,7 @@ REDUCTIONS = (
     case("second diff", lambda i: torch.diff(i, n=2), ints(3, 4), leaf=True),
     case("diff with a column behind", lambda i: torch.diff(i, append=i[:, :1]), ints(3, 4), leaf=True),
     case("packed documents", lambda: (torch.diff(torch.arange(5)[None], prepend=torch.arange(1)[None] - 1) != 1).cumsum(-1)),
-)  # fmt: skip
+)
 
 ARITHMETIC = (
     case("arange down", lambda: torch.arange(10, -3, -4)),
@@ -299,10 +335,18 @@ ARITHMETIC = (
     case("unbounded integer against a real number", lambda i: i < 2.5, torch.tensor([2**24 + 1, 2, 3])),
     case("named comparisons", lambda i: torch.greater(i, 3) | torch.less_equal(i, 1) | torch.not_equal(i, 5), ints(3, 4)),
     case("eq, gt by torch's names", lambda i: torch.eq(i, 3) | (torch.greater_equal(i, 3) & torch.less(i, 6)), ints(3, 4)),
-    case("logical_and, _or, _xor of integers", lambda i: torch.logical_xor(torch.logical_and(i, i > 3), torch.logical_or(i - 1, i)), ints(3, 4)),
+    case(
+        "logical_and, _or, _xor of integers",
+        lambda i: torch.logical_xor(torch.logical_and(i, i > 3), torch.logical_or(i - 1, i)),
+        ints(3, 4),
+    ),
     case("logical_not of integers", lambda: torch.logical_not(torch.arange(9) - 2)),
     case("bitwise_and of truths", lambda t: torch.bitwise_and(t > 0, ~(t > 1)), B),
-    case("bitwise_or, bitwise_xor, bitwise_not", lambda t: torch.bitwise_xor(torch.bitwise_not(t > 0), torch.bitwise_or(t > 1, t < -1)), B),
+    case(
+        "bitwise_or, bitwise_xor, bitwise_not",
+        lambda t: torch.bitwise_xor(torch.bitwise_not(t > 0), torch.bitwise_or(t > 1, t < -1)),
+        B,
+    ),
     case("bitwise_and of integers", lambda: torch.arange(9) & 3, leaf=True),
     case("inversion of integers", lambda: ~torch.arange(9), leaf=True),
     case("truth to real", lambda t: (t > 0).to(torch.float64), B),
@@ -325,7 +369,7 @@ ARITHMETIC = (
     case("isnan of a probability", lambda t: t.masked_fill(t < 0.5, -INF).softmax(-1).isnan(), B),
     case("isnan of data", lambda t: t.isnan(), B, leaf=True),
     case("1 - mask, scaled", lambda t: (1 - (t > 0).float()) * -1e9, B),
-)  # fmt: skip
+)
 
 PRECISION = (
     case("bfloat16 cannot count to 300", lambda: torch.arange(300, dtype=BF16), leaf=True),
@@ -333,18 +377,31 @@ PRECISION = (
     case("float16 cannot count to 3000", lambda: torch.arange(0, 3000, dtype=torch.float16), leaf=True),
     case("bfloat16 counts to 200", lambda: torch.arange(200, dtype=BF16) >= torch.arange(200, dtype=BF16)[:, None]),
     case("integers meet a bfloat16 tensor in a comparison", lambda: torch.arange(300) >= torch.full((1,), 260.0, dtype=BF16)),
-    case("integers meet a bfloat16 tensor in a difference", lambda: torch.arange(250, 300) - torch.full((50,), 275.0, dtype=BF16)),
+    case(
+        "integers meet a bfloat16 tensor in a difference", lambda: torch.arange(250, 300) - torch.full((50,), 275.0, dtype=BF16)
+    ),
     case("a narrowed datum is another datum", lambda t: t.to(BF16) > t, B),
     case("a datum narrowed by copy_", lambda t: torch.zeros(3, 4, dtype=BF16).copy_(t) == t, B),
-    case("a datum narrowed by slice assignment", lambda t: written((3, 4), BF16, assign(ALL, slice(1, None), value="0"))(t)[:, 1:] == t, B[:, 1:]),
+    case(
+        "a datum narrowed by slice assignment",
+        lambda t: written((3, 4), BF16, assign(ALL, slice(1, None), value="0"))(t)[:, 1:] == t,
+        B[:, 1:],
+    ),
     case("float64 narrowed", lambda t: t.float() >= t, B.double() + 1e-12),
     case("a fill in bfloat16 against the same number", lambda t: t.masked_fill(t > 0, -1e9) > -1e9, B.to(BF16)),
-    case("full in bfloat16 against the same number", lambda t: torch.where(t > 0, t, torch.full((3, 4), -1e9, dtype=BF16)) == -1e9, B.to(BF16)),
+    case(
+        "full in bfloat16 against the same number",
+        lambda t: torch.where(t > 0, t, torch.full((3, 4), -1e9, dtype=BF16)) == -1e9,
+        B.to(BF16),
+    ),
     case("a fill in float32 against the same number", lambda t: t.masked_fill(t > 0, 0.1) == 0.1, B),
     case("a number that is zero in float16", lambda: torch.full((2,), 1e-10, dtype=torch.float16) > 0),
     case("sums of constants round", lambda: torch.full((2,), 0.1) + 0.2 == torch.full((2,), 0.3)),
     case("division by 3 is no product with 1/3", lambda: torch.arange(200.0) / 3 == torch.arange(200.0) * (1 / 3)),
-    case("the same product in two dtypes", lambda: torch.arange(200, dtype=torch.float32) * 0.1 >= torch.arange(200, dtype=torch.float64) * 0.1),
+    case(
+        "the same product in two dtypes",
+        lambda: torch.arange(200, dtype=torch.float32) * 0.1 >= torch.arange(200, dtype=torch.float64) * 0.1,
+    ),
     case("eight bits wrap: product", lambda: torch.arange(100, dtype=torch.int8) * 2, leaf=True),
     case("eight bits wrap: difference", lambda: torch.arange(5, dtype=torch.uint8) - 3, leaf=True),
     case("eight bits wrap: negation", lambda: -torch.arange(5, dtype=torch.uint8), leaf=True),
@@ -353,7 +410,7 @@ PRECISION = (
     case("32 bits wrap: product", lambda: torch.arange(8, dtype=torch.int32) * 2**30, leaf=True),
     case("32 bits wrap: cast", lambda: (torch.arange(8) * 2**31).int(), leaf=True),
     case("32 bits wrap: data", lambda i: i.int(), torch.tensor([2**33 + 1, -5]), leaf=True),
-)  # fmt: skip
+)
 
 CONTRACTIONS = (
     case("matmul", torch.matmul, A, A.mT.contiguous()),
@@ -367,7 +424,12 @@ CONTRACTIONS = (
     case("einsum, ellipsis inside", lambda a, b: torch.einsum("b...d,bd...->b...", a, b), A, real(2, 5, 3, 4)),
     case("einsum, implicit output after an ellipsis", lambda a, b: torch.einsum("...d,d", a, b), A, real(5)),
     case("einsum, ellipsis summed", lambda a, b: torch.einsum("...i,...i->i", a, b), B, V),
-    case("einsum, ellipses of different rank", lambda a, b: torch.einsum("...ij,...jk->...ik", a, b), real(1, 3, 4, 3), real(2, 1, 3, 2)),
+    case(
+        "einsum, ellipses of different rank",
+        lambda a, b: torch.einsum("...ij,...jk->...ik", a, b),
+        real(1, 3, 4, 3),
+        real(2, 1, 3, 2),
+    ),
     case("einsum, transposed output", lambda a, b: torch.einsum("b h i d, h d -> i b", a, b), A, real(3, 5)),
     case("einsum, diagonal", lambda a: torch.einsum("iji->ji", a), real(3, 4, 3)),
     case("einsum, implicit output is sorted", lambda a, b: torch.einsum("Zb,ca", a, b), real(3, 4), real(4, 3)),
@@ -385,8 +447,10 @@ CONTRACTIONS = (
     case("a probability under a finite fill", lambda t: t.masked_fill(t < 0.3, -1e9).softmax(-1) > 1e-10, B),
     case("a probability in a row that is masked whole", lambda t: t.masked_fill(t < 9, -1e9).softmax(-1) > 1e-10, B),
     case("a probability beside a sink", lambda t: F.pad(t, (1, 0), value=-1e3).softmax(-1) > 1e-10, B),
-    case("a probability beside a sink that wins", lambda: F.pad(torch.full((3, 4), -1e9), (1, 0), value=-1e3).softmax(-1) >= 1e-10),
-)  # fmt: skip
+    case(
+        "a probability beside a sink that wins", lambda: F.pad(torch.full((3, 4), -1e9), (1, 0), value=-1e3).softmax(-1) >= 1e-10
+    ),
+)
 
 INTEGER_PRODUCTS = tuple(
     case(f"integer product, {name}", fn, ints(2, 3, hi=6), ints(3, 2, hi=6))
@@ -409,27 +473,46 @@ Q, K, VAL = real(2, 4, 6, 5), real(2, 4, 7, 5), real(2, 4, 7, 3)
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 ATTENTION = (
     case("SDPA", SDPA, Q, K, VAL),
-    case("SDPA with grouped heads and a scale", lambda q, k, v: SDPA(q, k, v, enable_gqa=True, scale=0.3), Q, K[:, :2], VAL[:, :2]),
-    case("SDPA with grouped heads and a mask", lambda q, k, v, m: SDPA(q, k, v, m, enable_gqa=True), Q, K[:, :2], VAL[:, :2], real(4, 6, 7)),
+    case(
+        "SDPA with grouped heads and a scale", lambda q, k, v: SDPA(q, k, v, enable_gqa=True, scale=0.3), Q, K[:, :2], VAL[:, :2]
+    ),
+    case(
+        "SDPA with grouped heads and a mask",
+        lambda q, k, v, m: SDPA(q, k, v, m, enable_gqa=True),
+        Q,
+        K[:, :2],
+        VAL[:, :2],
+        real(4, 6, 7),
+    ),
     case("SDPA, causal from the top left", lambda q, k, v: SDPA(q, k, v, is_causal=True), Q, K, VAL),
     case("SDPA with truths", lambda q, k, v, m: SDPA(q, k, v, m), Q, K, VAL, real(6, 7) > -0.5),
     case("SDPA with truths per batch row", lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), Q, K, VAL, real(2, 1, 6, 7) > -0.5),
     case("SDPA with a bias per head", lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), Q, K, VAL, real(4, 6, 7)),
-    case("SDPA with -inf in a row, and in all of one", lambda q, k, v, m: SDPA(q, k, v, m.masked_fill(m < 0.3, -INF)), Q, K, VAL, real(6, 7)),
+    case(
+        "SDPA with -inf in a row, and in all of one",
+        lambda q, k, v, m: SDPA(q, k, v, m.masked_fill(m < 0.3, -INF)),
+        Q,
+        K,
+        VAL,
+        real(6, 7),
+    ),
     case("SDPA with one mask for all keys", lambda q, k, v, m: SDPA(q, k, v, m), Q, K, VAL, real(6, 1) > -0.5),
     case("SDPA in three dimensions", SDPA, Q[0], K[0], VAL[0]),
     case("SDPA with broadcast batch", SDPA, Q, K[:1], VAL[:1]),
     case("SDPA with broadcast heads", SDPA, Q, K[:, :1], VAL[:, :1]),
-)  # fmt: skip
+)
 
 MUST = (*MOVED, *MEMBERSHIPS, *REDUCTIONS, *ARITHMETIC, *CONTRACTIONS, *ATTENTION)
 FREE = (*PRECISION, *INTEGER_PRODUCTS)
 """Whether these are leaves or expressions is free unless they say `leaf`: being right is what counts."""
-MAY_BE_LEAF = frozenset(
-    c.name for c in FREE
-) | {"softmax by hand, sum unsqueezed elsewhere", "softmax by hand, sum of other rows", "mean of finfo.min overflows", "sum in eight bits",
-    "arange in float32, halved", "unbounded integer against a real number",
-}  # fmt: skip
+MAY_BE_LEAF = frozenset(c.name for c in FREE) | {
+    "softmax by hand, sum unsqueezed elsewhere",
+    "softmax by hand, sum of other rows",
+    "mean of finfo.min overflows",
+    "sum in eight bits",
+    "arange in float32, halved",
+    "unbounded integer against a real number",
+}
 CASES = (*MUST, *FREE)
 
 
@@ -537,7 +620,9 @@ def test_wrong_number_of_coordinates_is_refused() -> None:
 def index_op(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[str, Callable[[Tensor], Tensor]]:
     d = draw(st.integers(-len(shape), len(shape) - 1))
     n = shape[d]
-    kind = draw(st.sampled_from("flip roll slice pad repeat interleave transpose unfold split cat flatten unsqueeze reshape".split()))
+    kind = draw(
+        st.sampled_from("flip roll slice pad repeat interleave transpose unfold split cat flatten unsqueeze reshape".split())
+    )
     k = draw(st.integers(-4, 4))
     if kind == "flip":
         return kind, lambda t: t.flip(d)

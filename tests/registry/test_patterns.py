@@ -141,7 +141,9 @@ def test_role_that_lies_is_refused_with_a_counterexample() -> None:
         name = "liar"
 
         def match(self, form: FormView) -> Iterable[Candidate]:
-            yield Candidate("liar", {}, visible=lambda p: x.conj(form.causal(p), x.at_least(p, x.integer(3))), witnesses=(form.query,))
+            yield Candidate(
+                "liar", {}, visible=lambda p: x.conj(form.causal(p), x.at_least(p, x.integer(3))), witnesses=(form.query,)
+            )
 
     registry.register(Liar())
     site = only(report_of(causal, only=["liar"]))
@@ -356,7 +358,19 @@ def imported(module: Any) -> set[str]:
 
 def test_builtin_roles_look_at_forms_and_never_at_graphs() -> None:
     """What a user's pattern may import is what the built-in ones import."""
-    graph_side = {"sites", "lift", "reader", "shadow", "dynamo_graph", "legality", "rewrite", "pipeline", "classify", "smt", "rules"}
+    graph_side = {
+        "sites",
+        "lift",
+        "reader",
+        "shadow",
+        "dynamo_graph",
+        "legality",
+        "rewrite",
+        "pipeline",
+        "classify",
+        "smt",
+        "rules",
+    }
     assert not imported(builtin) & {f"fsa_compile.passes.{name}" for name in graph_side}
     assert not any("_" == part[0] for name in imported(builtin) for part in name.split("."))
 
