@@ -17,7 +17,7 @@ from .attention_form import AttentionForm, Operand
 from .expr import Expr
 from .layout import Layout, find_layout
 from .normal_form import Anchor, NormalForm
-from .reader import Reader, Step, dtype, op_name
+from .reader import Coords, Reader, Step, dtype, op_name
 from .refusal import Refusal
 
 
@@ -48,13 +48,12 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
                 heads_wrong = heads_wrong or _other_head_map(r, ks, (b, h, key), (bs, length), raw)
                 continue
             kv_heads, kl, vl, dk = pair
+            groups = hq // kv_heads
             for qs in queries:
-                ql = find_layout(qs.coords, r.shape(qs.node), (b, h, i, raw.d), (bs, x.integer(hq), ns, dk))
+                ql = _query_layout(r, qs.node, qs.coords, (b, h, i, raw.d), (bs, x.integer(hq), ns, dk), groups)
                 if ql is None or qs.guard is not x.TRUE:
                     continue
-                out = find_layout(anchor.real, r.shape(anchor.node), (b, h, i, raw.value_dim), (bs, x.integer(hq), ns, dv))
-                if out is None:
-                    out = _grouped_layout(anchor, (b, h, i, raw.value_dim))
+                out = _query_layout(r, anchor.node, anchor.real, (b, h, i, raw.value_dim), (bs, x.integer(hq), ns, dv), groups)
                 if out is None:
                     continue
                 found = True
@@ -105,12 +104,17 @@ def _different_places(r: Reader, raw: NormalForm) -> Refusal:
     )
 
 
-def _grouped_layout(anchor: Anchor, targets: tuple[Expr, ...]) -> Layout | None:
-    """Layout of a five-dimensional output whose heads are two dimensions: described after folding them."""
-    if len(anchor.real) != 5:
-        return None
-    order = [next(k for k, t in enumerate(targets) if t is o) for o in anchor.coords]
-    return Layout(tuple((k,) for k in order), 4) if sorted(order) == [0, 1, 2, 3] else None
+def _query_layout(
+    r: Reader, n: Node, coords: Coords, targets: tuple[Expr, ...], sizes: tuple[Expr, ...], groups: int
+) -> Layout | None:
+    """How a node holds queries or outputs ``(b, hq, n, d)``; the heads may be two dimensions, in either order."""
+    plain = find_layout(coords, r.shape(n), targets, sizes)
+    if plain is not None or groups == 1:
+        return plain
+    b, h, i, d = targets
+    bs, hq, ns, ds = sizes
+    split = (b, x.floordiv(h, groups), x.mod(h, groups), i, d)
+    return find_layout(coords, r.shape(n), split, (bs, x.floordiv(hq, groups), x.integer(groups), ns, ds), groups)
 
 
 def _assignments(raw: NormalForm, rows: list[Expr]) -> Iterator[tuple[Expr, Expr, Expr]]:

@@ -1,7 +1,8 @@
 """How the dimensions of a node hold those of a canonical tensor: permuted, folded together, or missing.
 
-The ops take ``(b, h, n, d)``. A model may hold its queries as ``(b, n, h, d)``, ``(b * h, n, d)`` or ``(n, h, d)``.
-`Layout.to_canonical` and `Layout.from_canonical` turn one into the other with views.
+The ops take ``(b, h, n, d)``. A model may hold its queries as ``(b, n, h, d)``, ``(b * h, n, d)`` or ``(n, h, d)``, or with the
+query heads as two dimensions in either order. `Layout.to_canonical` and `Layout.from_canonical` turn one into the other with
+views.
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ class Layout:
     """For each dimension of a node, the canonical axes it holds, major first.
 
     ``((0,), (2,), (1,), (3,))`` is BNHD; ``((0, 1), (2,), (3,))`` has the heads folded into the batch; an empty entry is
-    a dimension of size one that holds nothing.
+    a dimension of size one that holds nothing. With `groups` the axes are ``(b, hkv, g, n, d)``, and the canonical heads are
+    ``hkv * groups + g``.
     """
 
     dims: tuple[tuple[int, ...], ...]
-    axes: int = 4
+    groups: int | None = None
+
+    @property
+    def axes(self) -> int:
+        """How many canonical axes `dims` counts."""
+        return 4 if self.groups is None else 5
+
+    def _grouped(self, sizes: Sequence[Any]) -> list[Any]:
+        b, h, n, d = sizes
+        return list(sizes) if self.groups is None else [b, h // self.groups, self.groups, n, d]
 
     def to_canonical(self, t: Any, sizes: Sequence[Any]) -> Any:
-        """View `t` as the canonical tensor of those sizes."""
+        """View `t` as the canonical tensor of the sizes ``(b, h, n, d)``."""
+        canonical, sizes = sizes, self._grouped(sizes)
         if any(len(d) > 1 for d in self.dims):
             t = t.reshape([sizes[a] for d in self.dims for a in d] if all(self.dims) else self._split(sizes))
         flat = [a for d in self.dims for a in (d or (None,))]
@@ -40,13 +52,15 @@ class Layout:
         for a in range(self.axes):
             if a not in flat:
                 t = t.unsqueeze(a)
-        return t
+        return t if self.groups is None else t.reshape(list(canonical))
 
     def _split(self, sizes: Sequence[Any]) -> list[Any]:
         return [s for d in self.dims for s in ([sizes[a] for a in d] if d else [1])]
 
-    def from_canonical(self, t: Any, shape: Sequence[Any]) -> Any:
-        """The canonical tensor as the node of that shape held it."""
+    def from_canonical(self, t: Any, sizes: Sequence[Any], shape: Sequence[Any]) -> Any:
+        """The canonical tensor of the sizes ``(b, h, n, d)`` as the node of that shape held it."""
+        if self.groups is not None:
+            t = t.reshape(self._grouped(sizes))
         flat = [a for d in self.dims for a in d]
         missing = [a for a in range(self.axes) if a not in flat]
         if flat + missing != list(range(self.axes)):
@@ -59,7 +73,11 @@ class Layout:
 
 
 def find_layout(
-    coords: Sequence[Expr], shape: Sequence[Expr], targets: Sequence[Expr], sizes: Sequence[Expr]
+    coords: Sequence[Expr],
+    shape: Sequence[Expr],
+    targets: Sequence[Expr],
+    sizes: Sequence[Expr],
+    groups: int | None = None,
 ) -> Layout | None:
     """The layout in which `coords` are the canonical coordinates `targets`, or None.
 
@@ -70,6 +88,7 @@ def find_layout(
         shape: The sizes of the node.
         targets: The canonical coordinates.
         sizes: The canonical sizes.
+        groups: Query heads per key/value head, where the heads are given as two axes.
     """
     left = {k for k, t in enumerate(targets)}
     dims: list[tuple[int, ...]] = []
@@ -86,20 +105,34 @@ def find_layout(
                 return None
             dims.append(())
             continue
-        pair = next(
+        held = next(
             (
-                (k, l)
-                for k, l in itertools.permutations(sorted(left), 2)
-                if x.times(sizes[k], sizes[l]) is extent
-                and x.floordiv(c, sizes[l]) is targets[k]
-                and x.mod(c, sizes[l]) is targets[l]
+                order
+                for count in (2, 3)
+                for order in itertools.permutations(sorted(left), count)
+                if _row_major(order, targets, sizes) is c and _product(order, sizes) is extent
             ),
             None,
         )
-        if pair is None:
+        if held is None:
             return None
-        dims.append(pair)
-        left -= set(pair)
+        dims.append(held)
+        left -= set(held)
     if any(sizes[k] is not x.ONE for k in left):
         return None
-    return Layout(tuple(dims), len(targets))
+    return Layout(tuple(dims), groups)
+
+
+def _row_major(order: Sequence[int], targets: Sequence[Expr], sizes: Sequence[Expr]) -> Expr:
+    """The coordinate of a dimension that holds these axes, major first."""
+    out = x.ZERO
+    for k in order:
+        out = x.plus(x.times(out, sizes[k]), targets[k])
+    return out
+
+
+def _product(order: Sequence[int], sizes: Sequence[Expr]) -> Expr:
+    out = x.ONE
+    for k in order:
+        out = x.times(out, sizes[k])
+    return out

@@ -85,3 +85,5 @@ def _virtual(r: Reader, n: Node) -> Iterator[Anchor]:
             sizes = (*shape[:k], x.times(shape[k], shape[k + 1]), *shape[k + 2 :])
             o = fresh(sizes)
             yield Anchor(n, sizes, o, (*o[:k], x.floordiv(o[k], shape[k + 1]), x.mod(o[k], shape[k + 1]), *o[k + 1 :]))
+            # Grouped the other way round, as a tile of the keys does: (b, g, h, n, d).
+            yield Anchor(n, sizes, o, (*o[:k], x.mod(o[k], shape[k]), x.floordiv(o[k], shape[k]), *o[k + 1 :]))

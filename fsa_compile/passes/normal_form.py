@@ -102,7 +102,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     assert jv is not None
     logit = r.logit(softmax, coords)
     visible, fills, additive, scale, product = _masked_product(logit, jv, negligible(dtype(softmax)))
-    if kept is not x.TRUE and solve([], x.iff(kept, visible), 200) is not None:
+    if kept is not x.TRUE and not _some_visible(kept, visible, jv) and solve([], x.iff(kept, visible), 200) is not None:
         raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
     if len(product.args[0]) != 1:
         raise Refusal(ReasonKind.LOGITS, "the logits sum over several head dimensions")
@@ -150,6 +150,13 @@ def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> N
     for n, inside in between.items():
         if inside and torch.finfo(dtype(n)).eps > coarsest:
             raise Refusal(ReasonKind.DTYPE, f"logits or probabilities are rounded to {dtype(n)}, less than queries, keys and values hold")
+
+
+def _some_visible(kept: Expr, visible: Expr, jv: Expr) -> bool:
+    """Whether probabilities are kept exactly in rows that see some key: ``where(mask.any(-1, keepdim=True), p, 0)``."""
+    if kept.op != "exists" or kept.args[0].args[1] is not jv.args[1]:
+        return False
+    return x.substitute(visible, {jv: x.poly(kept.args[0])}) is kept.args[1]
 
 
 def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:

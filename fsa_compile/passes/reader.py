@@ -65,6 +65,7 @@ MoveRule = Callable[["Reader", Node, Coords], "Move | None"]
 ValueRule = Callable[["Reader", Node, Coords, Mode], "Expr | None"]
 CASTS = ("_to_copy", "to", "type_as")
 """Ops that may change the dtype: a move for an operand (the rewrite repeats the cast), a value rule otherwise."""
+CREATIONS = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor")
 NAMED = ("nan_to_0", "about")
 """Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
@@ -339,7 +340,7 @@ class Reader:
         if name in ("masked_fill", "where"):
             sources = n.args[:1] if name == "masked_fill" else n.args[1:]
             return any(is_tensor(a) and self.is_probability(a) for a in sources)
-        return name in (*SOFTMAXES, "nan_to_num", "getitem")
+        return name in (*SOFTMAXES, *CREATIONS, "nan_to_num", "getitem")
 
     def is_probability(self, n: Node) -> bool:
         """Whether a node holds the result of a softmax, moved or masked."""

@@ -109,7 +109,7 @@ class Rewriter:
         if value.dtype != dtype:
             out = out.to(value.dtype)
         shape = [sizes(s) for s in self.r.shape(self.r.nodes[form.output])]
-        out = form.output_layout.from_canonical(out, shape)
+        out = form.output_layout.from_canonical(out, (b, hq, n, dv), shape)
         return out.node
 
     def _block_list(self, placement: Placement, sizes: _SizeValues) -> Any:

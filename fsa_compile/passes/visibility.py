@@ -5,8 +5,8 @@ Three shapes of key map, all without quantifiers:
 * *dense* (``key(j) == j``): ``visible(j) <=> rule(j)``.
 * *gathered* (``key(j) == B * list[s] + r`` with ``j = B*s + r``): no visible key twice; visible implies in range and the
   rule; a valid entry and the rule imply visible. The explicit slot is the witness, so nothing is quantified.
-* *shifted* (``key(j) == A(row) + j``, look-back chunks, unfold): visible implies real and the rule; the rule implies that
-  ``j = p - A(row)`` exists and is visible. A shift is injective, so no key comes twice.
+* *shifted* (``key(j) == A(row) + j`` or ``A(row) - j``: look-back chunks, unfold, a gather of the last keys): visible implies
+  real and the rule; the rule implies that the index of p exists and is visible. A shift is injective, so no key comes twice.
 """
 
 from __future__ import annotations
@@ -63,22 +63,43 @@ def _shifted(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Proo
     form = view.form
     jv = x.as_var(form.j)
     assert jv is not None
-    shift = x.minus(form.key, form.j)
-    if jv in shift.free:
+    affine = affine_key(view)
+    if affine is None:
         raise Refusal(ReasonKind.OPERANDS, f"keys are taken in an order that no op knows: {x.show(form.key)[:120]}")
+    key, base, sign = affine
+    placed = prover.require(
+        ReasonKind.OPERANDS, "a visible key is clamped to another place", "visible keys stand where the index says",
+        x.equal(form.key, key), given=form.visible, terms=candidate.terms, facts=candidate.facts,
+    )  # fmt: skip
     p = x.var("p", form.keys)
     sound = prover.require(
         ReasonKind.MASK, f"the mask is not {candidate}", "visible keys are real and in the rule",
-        x.conj(candidate.visible(form.key), x.in_range(form.key, form.keys), form.guard), given=form.visible,
+        x.conj(candidate.visible(key), x.in_range(key, form.keys), form.guard), given=form.visible,
         terms=candidate.terms, facts=candidate.facts,
     )  # fmt: skip
-    index = x.minus(p, shift)
+    index = x.times(x.minus(p, base), sign)
     complete = prover.require(
         ReasonKind.MASK, f"the mask is not {candidate}", "keys in the rule are visible, once",
         x.conj(x.in_range(index, form.width), x.substitute(form.visible, {jv: index})), given=candidate.visible(p),
         terms=candidate.terms, facts=candidate.facts,
     )  # fmt: skip
-    return sound, complete
+    return placed, sound, complete
+
+
+def affine_key(view: FormView) -> tuple[Expr, Expr, int] | None:
+    """The key position as ``base(row) + sign * j`` with sign 1 or -1, perhaps clamped into range where it is masked.
+
+    Returns:
+        (position, base, sign), or None if it is not of that form. That visible keys stand there is still to be proven.
+    """
+    form = view.form
+    jv = x.as_var(form.j)
+    for key in (form.key, *x.branches(form.key)):
+        for sign in (1, -1):
+            base = x.minus(key, x.times(form.j, sign))
+            if jv not in base.free:
+                return key, base, sign
+    return None
 
 
 def slot_and_offset(view: FormView, block_size: int, tag: str = "") -> tuple[Expr, Expr, dict[Expr, Expr]]:

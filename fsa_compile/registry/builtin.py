@@ -15,7 +15,7 @@ from ..passes.expr import Expr
 from ..passes.facts import order_facts
 from ..passes.form_view import FormView
 from ..passes.refusal import Refusal
-from ..passes.visibility import slot_and_offset
+from ..passes.visibility import affine_key, slot_and_offset
 from ..report import Reason, ReasonKind
 from .pattern import BlockList, Candidate, Pattern, Segment, Tensors
 
@@ -83,8 +83,9 @@ class SlidingWindow(Pattern):
         def visible(p: Expr) -> Expr:
             return x.conj(form.causal(p), x.less(x.minus(form.query, p), x.integer(window)))
 
-        index = form.query if form.dense else x.minus(form.query, x.minus(form.form.key, form.form.j))
-        yield Candidate("sliding_window", {"window": window}, visible, witnesses=(index,))
+        affine = affine_key(form)
+        index = () if affine is None else (x.times(x.minus(form.query, affine[1]), affine[2]),)
+        yield Candidate("sliding_window", {"window": window}, visible, witnesses=index)
 
     def _width_of_last_row(self, form: FormView) -> int | None:
         last = form.queries - 1
@@ -174,7 +175,7 @@ class Selected(Pattern):
         """``key = block_size * list[slot] + offset``, perhaps clamped into range where it is masked."""
         width = x.constant(form.form.width)
         single_tokens = False
-        for key in (form.form.key, *_branches(form.form.key)):
+        for key in (form.form.key, *x.branches(form.form.key)):
             data = [(t, k) for t, k in key.args[1] if any(y.op == "apply" for y in x.walk(t))]
             if len(data) != 1 or width is None:
                 continue
@@ -265,14 +266,6 @@ def slots(segment: Segment) -> Expr:
 
 def _exists(slot: Expr, body: Expr) -> Expr:
     return x.exists(slot, body) if x.as_var(slot) is not None else body
-
-
-def _branches(e: Expr) -> tuple[Expr, ...]:
-    """The values that a conditional takes; a clamp is one."""
-    a = x.as_atom(e)
-    if a is None or a.op != "if_int":
-        return ()
-    return tuple(leaf for branch in a.args[1:] for leaf in (branch, *_branches(branch)))
 
 
 Sized = tuple[Segment, int]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from .integer import ONE, ZERO, as_var, integer, minus, plus, poly, times, upper, weighted_sum
-from .node import BOOL, INF, INT, REAL, Expr, make
+from .node import BOOL, INT, REAL, Expr, make
 
 TRUE = make("true", (), BOOL)
 FALSE = make("false", (), BOOL)

@@ -97,6 +97,14 @@ def constant(e: Expr) -> int | None:
     return e.args[0] if e.op == "sum" and not e.args[1] else None
 
 
+def branches(e: Expr) -> tuple[Expr, ...]:
+    """The values that a conditional integer takes, also nested; a clamp is one."""
+    a = as_atom(e)
+    if a is None or a.op != "if_int":
+        return ()
+    return tuple(leaf for branch in a.args[1:] for leaf in (branch, *branches(branch)))
+
+
 def plus(a: Expr, b: Expr | int) -> Expr:
     if isinstance(b, int):
         return weighted_sum(a.args[0] + b, a.args[1])

@@ -10,7 +10,20 @@ from torch.fx import Node
 from .. import expr as x
 from ..expr import Expr
 from ..reader import (
-    Coords, Mode, Reader, Unreadable, argument, dtype, exact, is_int, is_real, is_tensor, literal, op_name, rounded, values,
+    Coords,
+    Mode,
+    Reader,
+    Unreadable,
+    argument,
+    dtype,
+    exact,
+    is_int,
+    is_real,
+    is_tensor,
+    literal,
+    op_name,
+    rounded,
+    values,
 )  # fmt: skip
 from .contraction import deferred_softmax
 
