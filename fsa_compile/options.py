@@ -32,7 +32,7 @@ class Options:
         disable: Names of patterns that must not fire.
         only: If not empty, the names of the only patterns that may fire.
         profit: ``"auto"`` refuses a rewrite that is expected to be slower than the user's code, ``"always"`` does not ask.
-        proof_seconds: Time limit in seconds for one proof obligation; when it runs out the site is refused as undecided.
+        proof_seconds: Seconds for all proofs of one graph; a site for which none are left is refused as undecided.
 
     Example:
         >>> options, inductor = Options.parse({"inner": "aot_eager", "max_autotune": True})

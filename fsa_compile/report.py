@@ -34,8 +34,6 @@ class ReasonKind(str, enum.Enum):
     """The softmax is not between two contractions of the attention form."""
     NOT_SPARSE = "not_sparse"
     """Full or causal attention: the inner compiler has kernels for it."""
-    UNSUPPORTED_OP = "unsupported_op"
-    """The region holds an operation without a reading rule."""
     LOGITS = "logits"
     """The logits are not scale * <q, k> with a mask (a bias, a soft cap, several products)."""
     MASK = "mask"
@@ -60,8 +58,6 @@ class ReasonKind(str, enum.Enum):
     """Same forward, other gradient (detach, no-grad, straight-through, a factor the op would drop)."""
     MUTATION = "mutation"
     """A tensor of the region is written in place between its use and the place of the op."""
-    BARRIER = "barrier"
-    """The region crosses a call that must stay whole (an autograd.Function, a checkpoint, a functorch call)."""
     UNDECIDED = "undecided"
     """The solver ran out of time."""
     SHAPE = "shape"
@@ -184,7 +180,7 @@ class GraphReport:
         nodes: Number of call nodes before the rewrite.
         sites: The attention sites, in graph order.
         notes: Lines for the user that belong to no site.
-        seconds: Time per stage: ``shadow``, ``lift``, ``prove``, ``rewrite``.
+        seconds: Time per stage: ``shadow``, ``lift and prove``, ``rewrite``.
     """
 
     name: str

@@ -82,7 +82,7 @@ def classify(
                 refusals.append(refusal)
             except DataDependent as unknown:
                 refusals.append(Refusal(ReasonKind.RUNTIME_MASK, _run_time(r, unknown)))
-        if prover.spent > prover.seconds:
+        if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
             break
     if not proposed and not refusals and last is not None and last.data_dependent():
         raise _unrecognised(r, last)
@@ -90,6 +90,9 @@ def classify(
         raise Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
     raise max(refusals, key=_telling)
 
+
+FINAL = (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT)
+"""Found after everything else was proven: another view of the same site would fail in the same way."""
 
 _RANK = {
     ReasonKind.EMPTY_ROWS: 5,

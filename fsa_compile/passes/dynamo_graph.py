@@ -23,7 +23,10 @@ WHOLE = ("multi_head_attention_forward", "_native_multi_head_attention", "_trans
 """Attention that Dynamo hands over as one call."""
 CONTRACTIONS = frozenset("matmul bmm einsum baddbmm __matmul__ scaled_dot_product_attention mm".split())
 
-_OPERATOR_WRITES = frozenset((operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior))
+_OPERATOR_WRITES = frozenset(
+    getattr(operator, name)
+    for name in "setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+)
 
 
 def target_name(n: Node) -> str:
@@ -45,24 +48,46 @@ def value(n: Node) -> object:
 
 
 def is_higher_order(n: Node) -> bool:
-    return isinstance(n.target, torch._ops.HigherOrderOperator)
+    """Whether the call takes functions: a checkpoint, a condition, an autograd.Function."""
+    return any(c.__name__ == "HigherOrderOperator" for c in type(n.target).__mro__)
 
 
 def writes(n: Node) -> bool:
     """Whether the call writes into one of its arguments."""
+    return bool(written_by(n))
+
+
+def written_by(n: Node) -> list[Node]:
+    """The arguments that a call writes into."""
+    if n.op not in ("call_method", "call_function"):
+        return []
+    out = _nodes(n.kwargs.get("out"))
+    first = _nodes(n.args[:1])
     if n.op == "call_method":
         name = str(n.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or _inplace_dunder(name)
-    if n.op != "call_function":
-        return False
-    if n.target in _OPERATOR_WRITES or n.kwargs.get("out") is not None or n.kwargs.get("inplace"):
-        return True
+        inplace = name == "__setitem__" or name.endswith("_") and not name.endswith("__") or _inplace_dunder(name)
+        return out + first if inplace else out
+    if getattr(n.target, "__module__", None) == "_operator":  # and_, or_ and not_ write nothing
+        return first if n.target in _OPERATOR_WRITES else []
+    if is_higher_order(n):
+        return list(n.all_input_nodes) if "mutation" in str(n.target) or "auto_functionalized" in str(n.target) else []
+    schema = getattr(n.target, "_schema", None)
+    if schema is not None:
+        marked = [(k, a.name) for k, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        return [w for k, name in marked for w in _nodes(n.args[k] if k < len(n.args) else n.kwargs.get(name))]
     name = target_name(n)
-    return name.endswith("_") and not name.endswith("__")
+    inplace = name.endswith("_") and not name.endswith("__") or bool(n.kwargs.get("inplace"))
+    return out + first if inplace else out
+
+
+def _nodes(a: object) -> list[Node]:
+    if isinstance(a, Node):
+        return [a]
+    return [n for x in a for n in _nodes(x)] if isinstance(a, (list, tuple)) else []
 
 
 def _inplace_dunder(name: str) -> bool:
-    return bool(re.fullmatch(r"__i(add|sub|mul|truediv|and|or|xor|matmul|floordiv|mod|pow)__", name))
+    return bool(re.fullmatch(r"__i(add|sub|mul|truediv|and|or|xor|matmul|floordiv|mod|pow|lshift|rshift)__", name))
 
 
 def switches_mode(n: Node) -> bool:
@@ -88,11 +113,10 @@ def written_storages(nodes: Iterable[Node]) -> dict[int, Node]:
     """For each storage that is written in place: the last node that writes it."""
     out: dict[int, Node] = {}
     for n in nodes:
-        if writes(n):
-            for a in n.all_input_nodes[:1]:
-                s = storage(a)
-                if s is not None:
-                    out[s] = n
+        for a in written_by(n):
+            s = storage(a)
+            if s is not None:
+                out[s] = n
     return out
 
 

@@ -1,7 +1,7 @@
 """Expressions evaluated: at one point in Python integers, or everywhere at once as torch operations.
 
 `at_point` serves fitting (what window would this mask be?). `TensorEvaluator` turns an integer or truth expression
-into a tensor over named axes. It only calls torch functions, so that it runs alike on tensors (the differential check)
+into a tensor over named axes. It only calls torch functions, so that it runs alike on tensors (the tests of reading rules)
 and on graph proxies (the rewrite emits a list of selected blocks with it).
 """
 

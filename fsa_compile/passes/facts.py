@@ -101,13 +101,11 @@ def minimum_facts(r: Reader, m: Expr, slot: Expr) -> Iterable[Expr]:
     reduction = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else node
     if not isinstance(reduction, Node) or op_name(reduction) not in ("min", "amin") or len(reduction.args) < 2:
         return
-    dims = reduction.args[1]
-    if not isinstance(dims, int):
-        if len(dims) != 1:
-            return
-        dims = dims[0]
+    dims = [reduction.args[1]] if isinstance(reduction.args[1], int) else reduction.args[1]
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1:  # min(a, b) is no reduction
+        return
     source, keepdim = reduction.args[0], bool(argument(reduction, 2, "keepdim", False))
-    d = axis(dims, rank(source))
+    d = axis(dims[0], rank(source))
     at = (*m.args[1][:d], slot, *m.args[1][d + keepdim :])
     fits = x.in_range(slot, r.shape(source)[d])
     yield x.implies(fits, x.compare_reals("ge", r.read(source, at, Mode.VALUE), m))

@@ -222,12 +222,15 @@ def _is_real(n: Node) -> bool:
 
 
 def _one_grad_mode(output: Node, path: set[Node]) -> None:
-    state: object = None
+    grad: object = None
+    inference = 0
     modes: dict[Node, object] = {}
     for n in output.graph.nodes:
-        if dg.target_name(n) == "_set_grad_enabled":
-            state = n.args[0]
-        modes[n] = state
+        name = dg.target_name(n)
+        if name == "_set_grad_enabled":
+            grad = n.args[0]
+        inference += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
+        modes[n] = (grad, inference)
     for n in sorted(path, key=list(modes).index):
         if modes[n] != modes[output]:
             raise Refusal(ReasonKind.GRADIENT, "the attention is computed partly without gradients", source=dg.source_of(n))

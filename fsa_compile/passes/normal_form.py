@@ -101,7 +101,9 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     jv = x.as_var(j)
     assert jv is not None
     logit = r.logit(softmax, coords)
-    visible, fills, additive, scale, product = _masked_product(logit, jv, negligible(dtype(softmax)))
+    visible, fills, additive, scale, product = _masked_product(
+        logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
+    )
     if kept is not x.TRUE and not _some_visible(kept, visible, jv) and solve([], x.iff(kept, visible), 200) is not None:
         raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
     if len(product.args[0]) != 1:
@@ -234,6 +236,8 @@ def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, froz
             other = next((t for _, t in keyed if t.op != "dot"), None)
             raise Refusal(ReasonKind.LOGITS, _logit_text(other, keyed))
         products.add(keyed[0])
+        if not math.isfinite(shift):
+            raise Refusal(ReasonKind.LOGITS, f"{shift} is added to the logits")
         shifts.add((shift, frozenset(t for t in data if t not in keyed)))
         visible.append(condition)
     if len(products) != 1:

@@ -103,7 +103,10 @@ def op_name(n: Node) -> str:
     if n.target is operator.getitem:
         return "getitem"
     schema = getattr(n.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else getattr(n.target, "__name__", str(n.target))
+    if schema is None:
+        return getattr(n.target, "__name__", str(n.target))
+    # A custom op of the same name is another op: only aten is known.
+    return schema.name.removeprefix("aten::")
 
 
 def argument(n: Node, position: int, name: str, default: Any = None) -> Any:
@@ -158,6 +161,14 @@ def exact(e: Expr, dt: torch.dtype) -> bool:
         if info.bits < 32 or not math.isinf(e.lo) and not math.isinf(e.hi):
             return info.min <= e.lo and e.hi <= info.max
     return True
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of one floating-point dtype is one of the other."""
+    if wide == narrow or not (wide.is_floating_point and narrow.is_floating_point):
+        return wide == narrow
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
 
 
 @dataclass(frozen=True)
@@ -354,7 +365,7 @@ class Reader:
 
     def chain(self, n: Node, coords: Coords) -> list[Step]:
         """The same element at every depth: along single-source moves and constant factors, shallowest first."""
-        guard, factor = x.TRUE, 1.0
+        guard, factor, used = x.TRUE, 1.0, dtype(n)
         out = [Step(n, coords, guard, factor)]
         while True:
             k = _constant_factor(n) if is_real(n) and op_name(n) in ("mul", "div") else None
@@ -364,6 +375,8 @@ class Reader:
                 n, coords = source, self.align(source, coords)
             else:
                 step = self.move(n, coords, Mode.OPERAND)
+                if step is not None and dtype(n) != used and not holds(dtype(n), dtype(step.source)):
+                    return out  # rounded to less than it is used in: that rounding must stay
                 if step is None:
                     return out + self._joined(n, coords, guard, factor)
                 n, coords, guard = step.source, step.coords, x.conj(guard, step.guard)
@@ -393,7 +406,7 @@ class Reader:
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
-        """Whether the division `n` normalises weights ``e = exp(y)``: (e, axis), or None. See `softmax.py`."""
+        """Whether the division `n` normalises weights ``e = exp(y)``: (e, axis), or None. See `handmade.py`."""
         if n not in self._handmade:
             self._handmade[n] = handmade.match(self, n)
         found = self._handmade[n]

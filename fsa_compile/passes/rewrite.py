@@ -209,7 +209,13 @@ class _SizeValues:
         return self._symbols[name]
 
     def _find(self, name: str) -> Any:
-        wanted = self.r.sizes.symbols[name]
+        wanted, divisor = self.r.sizes.symbols[name]
+        value = self._at_hand(wanted)
+        if value is None:
+            raise Refusal(ReasonKind.SHAPE, f"the dynamic size {wanted} is not at hand in the graph")
+        return value if divisor == 1 else value // divisor
+
+    def _at_hand(self, wanted: Any) -> Any:
         for n in self.output.graph.nodes:
             if n is self.output:
                 break
@@ -220,7 +226,7 @@ class _SizeValues:
                 for d, s in enumerate(v.shape):
                     if isinstance(s, torch.SymInt) and s.node.expr == wanted:
                         return self.proxy(n).size(d)
-        raise Refusal(ReasonKind.SHAPE, f"the dynamic size {name} is not at hand in the graph")
+        return None
 
 
 def _none(name: str) -> Any:

@@ -65,11 +65,10 @@ def attention_slice(gm: GraphModule) -> tuple[list[Node], list[Node]]:
         todo.extend(n.users)
     written: dict[int, list[Node]] = {}
     for n in gm.graph.nodes:
-        if dg.writes(n) and n not in cuts:
-            for a in n.all_input_nodes[:1]:
-                s = dg.storage(a)
-                if s is not None:
-                    written.setdefault(s, []).append(n)
+        for a in dg.written_by(n) if n not in cuts else ():
+            s = dg.storage(a)
+            if s is not None:
+                written.setdefault(s, []).append(n)
     wanted = dg.ancestors(forward, cuts)
     while True:  # a write into something wanted is wanted, with what it writes
         more = {w for n in wanted for w in written.get(dg.storage(n) or -1, ())} - wanted

@@ -14,6 +14,9 @@ import torch
 from . import expr as x
 from .expr import Expr
 
+UNBACKED = 4096
+"""Stands in for a size that is only known at run time."""
+
 
 class Sizes:
     """Translates the sizes of one graph and remembers a concrete hint for every symbol."""
@@ -91,12 +94,27 @@ class Sizes:
             return x.floordiv(self._translate(s.args[0]), self._translate(s.args[1]))
         if name in ("Mod", "PythonMod") and self._positive(s.args[1]):
             return x.mod(self._translate(s.args[0]), self._translate(s.args[1]))
-        # A plain symbol, or a function of symbols that the language has no word for: an opaque size.
-        bounds = self._env.bound_sympy(s)
-        symbol = str(s)
-        self.symbols[symbol] = s
-        self.hints[symbol] = int(s.xreplace(self._env.backed_var_to_val if hasattr(self._env, "backed_var_to_val") else self._env.var_to_val))
-        return x.size_symbol(symbol, _bound(bounds.lower), _bound(bounds.upper))
+        # A plain symbol, or a function of symbols that the language has no word for: an opaque size. One that Dynamo has
+        # guarded to be a multiple of c is written c * (s/c), so that blocks of c tokens come out even.
+        bounds, c = self._env.bound_sympy(s), self._divisor(s)
+        symbol = str(s) if c == 1 else f"{s}/{c}"
+        self.symbols[symbol] = (s, c)
+        lo, hi = _bound(bounds.lower), _bound(bounds.upper)
+        values = self._env.backed_var_to_val if hasattr(self._env, "backed_var_to_val") else self._env.var_to_val
+        value = s.xreplace(values)
+        # Without a hint (unbacked) any value does: hints steer proposals, proofs never see them.
+        self.hints[symbol] = (int(value) if value.is_Integer else max(UNBACKED, 0 if math.isinf(lo) else int(lo))) // c
+        return x.times(x.size_symbol(symbol, math.ceil(lo / c) if c > 1 else lo, hi // c if c > 1 else hi), c)
+
+    def _divisor(self, s: Any) -> int:
+        """The largest number that guards say divides the symbol `s`."""
+        c = 1
+        for relation in [g.expr for g in self._env.guards] if s.is_Symbol else []:
+            if isinstance(relation, sympy.Eq) and 0 in relation.args:
+                m = relation.args[0] if relation.args[1] == 0 else relation.args[1]
+                if type(m).__name__ in ("Mod", "PythonMod") and m.args[0] == s and m.args[1].is_Integer:
+                    c = math.lcm(c, int(m.args[1]))
+        return c
 
     def _positive(self, s: Any) -> bool:
         return self._translate(s).lo > 0

@@ -18,7 +18,7 @@ from . import expr as x
 from .expr import Expr
 
 # Infinity as a large number: no finite datum reaches it, and a datum that is infinite may equal it.
-_HUGE = z3.RealVal("1" + "0" * 60)
+_HUGE = z3.RealVal("1" + "0" * 400)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,12 @@ def _key(x: Any) -> Any:
     return type(x).__name__, x
 
 
+BOUNDED = ("apply", "size")
+"""What has bounds of its own, beyond those of its operands: equal only if the bounds are equal."""
+
+
 def make(op: str, args: tuple, sort: str, lo: float = -INF, hi: float = INF) -> Expr:
-    key = (op, sort, _key(args))
+    key = (op, sort, _key(args), (lo, hi) if op in BOUNDED else ())
     e = _table.get(key)
     if e is None:
         e = Expr()
