@@ -80,13 +80,14 @@ def measure(mode: str, n: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     device = torch.cuda.get_device_name()
     rows = []
     print(f"{device}, torch {torch.__version__}\n{'n':>6} {'mode':9} {'fwd ms':>9} {'f+b ms':>9} {'fwd GiB':>8} {'f+b GiB':>8}")
     for n in args.n:
-        for mode in MODES:
+        for mode in args.modes:
             row = measure(mode, n)
             rows.append(row)
             cells = [str(row.get(f"{k} {u}", "-")) for u in ("ms", "GiB") for k in ("forward", "forward+backward")]
