@@ -1,4 +1,4 @@
-"""Compiles the selected-attention kernels for GPUs that are not there; run as a program by ``test_triton_compile.py``.
+"""Compiles the attention kernels for GPUs that are not there; run as a program by ``test_triton_compile.py``.
 
 The product's own launch code runs on CPU tensors with every kernel launch replaced by a recorder, so what is compiled is
 what a GPU would be asked to run: same constants, same specialisation of strides and pointers. A program of its own, because
@@ -6,6 +6,7 @@ under ``TRITON_INTERPRET=1`` the kernels cannot be compiled.
 
     python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]'
 
+A variant with a "rule" of "window" or "compressed" is banded attention, any other selected attention. It
 prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes) and some PTX counts.
 """
 
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fsa_compile.kernels.triton import banded_attention, banded_backward, banded_forward
 from fsa_compile.kernels.triton import selected_attention, selected_backward, selected_forward
 from fsa_compile.kernels.triton.launch import Device
 
@@ -85,6 +87,21 @@ def record(group, block_size, dk, dv, dtype, rule="causal", slots=16, determinis
     return launches
 
 
+def record_banded(group, rule, dk, dv, dtype, n=4096):
+    """The launches of one forward and one backward with two key/value heads: a window, or compressed keys of stride 16."""
+    m, band = {
+        "window": (n, banded_attention.BandRule(window=512)),
+        "compressed": (n // 16, banded_attention.BandRule(stride=16, last=31)),
+    }[rule]
+    q, k, v = (
+        torch.zeros(1, h, r, d, dtype=getattr(torch, dtype)) for h, r, d in ((2 * group, n, dk), (2, m, dk), (2, m, dv))
+    )
+    with recorded_launches() as launches:
+        out, lse = banded_attention.banded_attention_forward(q, k, v, 0.1, band)
+        banded_attention.banded_attention_backward(out, lse, q, k, v, out, lse, 0.1, band)
+    return launches
+
+
 def resources(cubin):
     """(registers, spilled bytes) of a thread, or (None, None) where cuobjdump is missing."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -100,11 +117,12 @@ def resources(cubin):
 def main():
     """Compile every distinct kernel of every variant for one target."""
     capability, limit, variants = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    for module in (selected_attention, selected_forward, selected_backward):
+    for module in (selected_attention, selected_forward, selected_backward, banded_attention, banded_forward, banded_backward):
         module.device_of = lambda x: Device(capability, limit)
     seen = set()
     for variant in variants:
-        for kernel, args, kwargs in record(**variant):
+        banded = variant.get("rule") in ("window", "compressed")
+        for kernel, args, kwargs in (record_banded if banded else record)(**variant):
             source, options = source_of(kernel, args, kwargs)
             options = {key: value for key, value in options.items() if value is not None}
             identity = (source.hash(), tuple(sorted(options.items())))

@@ -1,4 +1,4 @@
-"""The selected-attention kernels compile for sm_80, sm_90 and sm_100 as they would be launched there, without a GPU."""
+"""The attention kernels compile for sm_80, sm_90 and sm_100 as they would be launched there, without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels under test are written in Triton")
 
-from fsa_compile.kernels.triton import launch  # noqa: E402
+from fsa_compile.kernels.triton import banded_launch, launch  # noqa: E402
 
 KIB = 1024
 TARGETS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
@@ -27,13 +27,22 @@ VARIANTS = [
     dict(group=2, block_size=64, dk=64, dv=64, dtype="bfloat16", deterministic=True),
 ]
 
+BANDED = [
+    dict(rule="window", group=4, dk=128, dv=128, dtype="bfloat16"),
+    dict(rule="compressed", group=4, dk=128, dv=128, dtype="bfloat16"),
+    dict(rule="compressed", group=16, dk=192, dv=128, dtype="bfloat16"),
+    dict(rule="window", group=1, dk=256, dv=256, dtype="float16"),
+    dict(rule="compressed", group=2, dk=64, dv=64, dtype="float32"),
+    dict(rule="window", group=2, dk=64, dv=64, dtype="bfloat16"),
+]
 
-def compile_for(capability: int) -> list[dict]:
+
+def compile_for(capability: int, variants: list[dict]) -> list[dict]:
     """One row per kernel, from ``compile_kernels.py`` in a process without TRITON_INTERPRET."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     program = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(capability), str(TARGETS[capability]), json.dumps(VARIANTS)],
+        [sys.executable, str(program), str(capability), str(TARGETS[capability]), json.dumps(variants)],
         capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -43,7 +52,7 @@ def compile_for(capability: int) -> list[dict]:
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
 def test_kernels_compile_and_fit(capability):
     """Every variant compiles; memory stays below the limit and below the estimate that `supports` relies on."""
-    rows, device = compile_for(capability), launch.Device(capability, TARGETS[capability])
+    rows, device = compile_for(capability, VARIANTS), launch.Device(capability, TARGETS[capability])
     heavy = [r for r in rows if r["kernel"] in ("_partial_kernel", "_gradient_kernel")]
     assert len(heavy) == 2 * len(VARIANTS)
     assert {"_count_kernel", "_layout_kernel", "_fill_kernel", "_item_kernel", "_merge_kernel", "_delta_kernel",
@@ -65,6 +74,35 @@ def test_kernels_compile_and_fit(capability):
         assert all(r["wgmma"] and r["wide_load"] for r in half)  # Hopper's matrix units, 16-byte loads
         atomic = [r for r in half if r["kernel"] == "_gradient_kernel" and "deterministic" not in r["variant"]]
         assert all(r["wide_red"] and not r["narrow_red"] for r in atomic)  # dQ, dK and dV are added four floats at a time
+
+
+@pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
+def test_banded_kernels_compile_and_fit(capability):
+    """As above, with hardly a spill: nothing of a tile but pointers may leave the registers."""
+    rows, device = compile_for(capability, BANDED), launch.Device(capability, TARGETS[capability])
+    heavy = [r for r in rows if r["kernel"] != "_delta_kernel"]
+    assert len(heavy) == 3 * len(BANDED)
+    for r in heavy:
+        x = r["variant"]
+        chosen, memory = _banded_choice(r["kernel"], x, device)
+        assert (chosen.warps, chosen.stages) == (r["num_warps"], r["num_stages"])
+        dk, dv = launch.power_of_two(x["dk"], 16), launch.power_of_two(x["dv"], 16)
+        estimate = memory(chosen.rows, chosen.keys, dk, dv, _dtype(x["dtype"]).itemsize, chosen.stages)
+        assert r["shared"] <= estimate <= TARGETS[capability]
+    assert all(r["spills"] is None or r["spills"] <= 64 for r in rows)
+    if capability == 90:
+        assert all(r["wgmma"] and r["wide_load"] for r in heavy if r["variant"]["dtype"] != "float32")
+
+
+def _banded_choice(kernel: str, variant: dict, device: launch.Device):
+    """The launch of a banded kernel and the function that estimates its shared memory."""
+    shape = variant["group"], variant["dk"], variant["dv"], _dtype(variant["dtype"]), device
+    if kernel == "_banded_forward_kernel":
+        return banded_launch.forward_launch(*shape), banded_launch.forward_shared_memory
+    if kernel == "_banded_dq_kernel":
+        return banded_launch.dq_launch(*shape), banded_launch.dq_shared_memory
+    seen_by = 512 if variant["rule"] == "window" else 4096
+    return banded_launch.dkv_launch(*shape, seen_by), banded_launch.dkv_shared_memory
 
 
 def _dtype(name: str):

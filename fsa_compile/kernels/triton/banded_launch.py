@@ -56,8 +56,8 @@ def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int,
 
 
 def dq_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: Q and dO, `stages` copies of K and V, dS on its way to a dot."""
-    return itemsize * (rows + stages * keys) * (dk + dv) + 4 * rows * keys
+    """Upper bound in bytes: Q and dO, `stages` copies of K and V; dS, or on Blackwell K once more, on its way to a dot."""
+    return itemsize * (rows + stages * keys) * (dk + dv) + max(4 * rows * keys, itemsize * keys * (dk + dv))
 
 
 def dkv_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
@@ -67,19 +67,25 @@ def dkv_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, sta
 
 def forward_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> BandLaunch:
     """The forward kernel's parameters."""
-    wide = max(power_of_two(dk, 16), power_of_two(dv, 16))
     if dtype == torch.float32:  # IEEE float32 dots run on the scalar units: small tiles, registers are scarce
-        return _fit(forward_shared_memory, group, dk, dv, dtype, device, 32, 32, 4, 1)
-    return _fit(forward_shared_memory, group, dk, dv, dtype, device, 128, 64, 8 if wide > 64 else 4, 2)
+        tile = 32, 32, 4, 1
+    elif _wide(dk, dv) <= 128:
+        tile = 128, 64, 8, 2
+    else:
+        tile = 128 if device.capability >= 90 else 64, 32, 8, 2
+    return _fit(forward_shared_memory, group, dk, dv, dtype, device, *tile)
 
 
 def dq_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> BandLaunch:
     """The dQ kernel's parameters."""
-    wide = max(power_of_two(dk, 16), power_of_two(dv, 16))
+    wide = _wide(dk, dv)
     if dtype == torch.float32:
-        return _fit(dq_shared_memory, group, dk, dv, dtype, device, 32, 16, 4, 1)
-    rows, keys = (128, 64) if wide <= 128 else (64, 32)
-    return _fit(dq_shared_memory, group, dk, dv, dtype, device, rows, keys, 8 if wide > 64 else 4, 2)
+        tile = 32, 16, 4, 1
+    elif wide > 128:
+        tile = 64, 32, 8, 2
+    else:
+        tile = 64 if wide > 64 and device.capability < 90 else 128, 64, 8, 2
+    return _fit(dq_shared_memory, group, dk, dv, dtype, device, *tile)
 
 
 def dkv_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device, seen_by: int) -> BandLaunch:
@@ -88,13 +94,20 @@ def dkv_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device,
     dK and dV of a tile of keys stay in registers. Twice as many keys halve what is read of Q and dO, and waste half a tile of
     queries more at either end of a window.
     """
-    wide = max(power_of_two(dk, 16), power_of_two(dv, 16))
+    wide, long = _wide(dk, dv), seen_by >= 1024
     if dtype == torch.float32:
-        return _fit(dkv_shared_memory, group, dk, dv, dtype, device, 16, 32, 8 if wide > 64 else 4, 1)
-    if wide > 128:
-        return _fit(dkv_shared_memory, group, dk, dv, dtype, device, 32, 64, 8, 2)
-    keys = 128 if seen_by >= 1024 else 64
-    return _fit(dkv_shared_memory, group, dk, dv, dtype, device, 64, keys, 8 if keys * wide > 8192 else 4, 2)
+        tile = 16, 32, 8 if wide > 64 else 4, 1
+    elif wide > 128:
+        tile = 32, 64, 8, 2 if device.capability < 100 else 1
+    elif wide <= 64:
+        tile = (64, 128, 8, 2) if long else (64, 64, 4, 2)
+    elif device.capability < 90:  # mma.sync keeps its operands in registers
+        tile = 32, 64, 8, 2
+    elif device.capability < 100:
+        tile = (32, 128, 8, 3) if long else (32, 64, 4, 2)
+    else:  # two stages spill: tcgen05 results come back through registers
+        tile = 64, 64, 8, 1
+    return _fit(dkv_shared_memory, group, dk, dv, dtype, device, *tile)
 
 
 def query_splits(programs: int, tiles: int, copy_bytes: int) -> int:
@@ -112,6 +125,11 @@ def query_splits(programs: int, tiles: int, copy_bytes: int) -> int:
     while programs * parts < PROGRAMS and tiles >= 2 * parts * LEAST_TILES and 2 * parts * copy_bytes <= PARTIAL_BYTES:
         parts *= 2
     return parts
+
+
+def _wide(dk: int, dv: int) -> int:
+    """The larger head dimension as the kernels pad it."""
+    return power_of_two(max(dk, dv), 16)
 
 
 def _fit(
