@@ -184,7 +184,12 @@ _connect(selected_attention, selected_attention_backward, tensors=4)
 
 
 def _cuda_banded(
-    name: str, tensors: tuple[Tensor | None, ...], qkv: tuple[Tensor, ...], scale: float, band: Callable[[], cpu.Band], **rule: Any
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    qkv: tuple[Tensor, ...],
+    scale: float,
+    band: Callable[[], cpu.Band],
+    **rule: Any,
 ) -> tuple[Tensor, ...]:
     """The Triton kernel `name` under `rule` where triton is installed and takes `qkv`, else the blocked path over `band`."""
     with _full_precision(qkv[0]):

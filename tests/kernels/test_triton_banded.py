@@ -92,7 +92,9 @@ def test_windows(window):
     check(*draw(1, m=65), BandRule(window=window, q_offset=5))
 
 
-@pytest.mark.parametrize("stride, last, prefix", [(1, 0, 0), (4, 3, 0), (4, 7, 1), (5, 31, 3), (16, 15, 40), (3, -4, 0), (1 << 40, 0, 1)])
+@pytest.mark.parametrize(
+    "stride, last, prefix", [(1, 0, 0), (4, 3, 0), (4, 7, 1), (5, 31, 3), (16, 15, 40), (3, -4, 0), (1 << 40, 0, 1)]
+)
 def test_compressed_keys(stride, last, prefix):
     """Overlapping and disjoint keys, a prefix shorter and longer than a tile, a key that ends before the sequence starts."""
     check(*draw(2, m=prefix + 20), BandRule(stride=stride, last=last, prefix=prefix))
