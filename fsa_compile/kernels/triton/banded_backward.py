@@ -196,8 +196,7 @@ def backward(
     rule: BandRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv; see `banded_attention_backward`."""
-    (b, hq, n, d), (_, hkv, m, e) = q.shape, v.shape
-    if 0 in (b, hq, n, m):
+    if 0 in (*q.shape[:3], k.shape[2]):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     delta = row_delta(dout, out, dlse)
     dk, dv = launch_dkv(dout, q, k, v, lse, delta, scale, rule)
