@@ -84,18 +84,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     device = torch.cuda.get_device_name()
-    rows = []
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    result: dict = {"device": device, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "rows": []}
+    out = args.out or ROOT / "benchmarks/results" / f"model_{device.replace(' ', '_')}.json"
     print(f"{device}, torch {torch.__version__}\n{'n':>6} {'mode':9} {'fwd ms':>9} {'f+b ms':>9} {'fwd GiB':>8} {'f+b GiB':>8}")
     for n in args.n:
         for mode in args.modes:
             row = measure(mode, n)
-            rows.append(row)
+            result["rows"].append(row)
+            out.write_text(json.dumps(result, indent=1) + "\n")  # after each row: a run that is cut short keeps what it has
             cells = [str(row.get(f"{k} {u}", "-")) for u in ("ms", "GiB") for k in ("forward", "forward+backward")]
             print(f"{n:6} {mode:9} {cells[0]:>9} {cells[1]:>9} {cells[2]:>8} {cells[3]:>8}", flush=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {"device": device, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "rows": rows}
-    out = args.out or ROOT / "benchmarks/results" / f"model_{device.replace(' ', '_')}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

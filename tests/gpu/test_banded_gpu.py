@@ -70,7 +70,7 @@ def test_dtypes(rule, dtype):
     check(draw(0, rule, dtype=dtype), rule)
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (40, 24), (64, 64), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format)
+@pytest.mark.parametrize("dims", [(16, 16), (96, 96), (64, 64), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format)
 @pytest.mark.parametrize("rule", [WINDOW, COMPRESSED], ids=["window", "compressed"])
 def test_head_dims(rule, dims):
     """Every launch that `banded_launch` distinguishes by head dimension."""
@@ -116,14 +116,14 @@ def test_graph_capture_and_determinism(rule):
 
 
 def test_head_dims_without_a_kernel_take_the_blocked_path():
-    """A head dimension below 16 and float64."""
-    for dtype, d in ((torch.float32, 8), (torch.float64, 32)):
+    """A head dimension below 16, float64, and one that is not trusted in 16 bits: see `unproven_on_device`."""
+    for dtype, d in ((torch.float32, 8), (torch.float64, 32), (torch.bfloat16, 40)):
         q, k, v, dout, dlse = draw(6, WINDOW, n=700, dk=d, dv=d, dtype=dtype)
         assert supports(q, k, v) is not None
         for rule in (WINDOW, COMPRESSED):
             got = apply(q, k, v, 0.3, rule)
             want = results(q, k, v, dout, None, 0.3, rule)
-            assert error(got[0], want[0]) < 1e-5
+            assert error(got[0], want[0]) < TOLERANCE.get(dtype, 1e-5)
 
 
 def test_a_window_takes_time_in_proportion_to_n():

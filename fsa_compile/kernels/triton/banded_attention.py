@@ -13,7 +13,7 @@ from . import banded_launch
 from .banded_backward import backward
 from .banded_forward import forward
 from .bands import BandRule
-from .launch import device_of, power_of_two
+from .launch import device_of, power_of_two, unproven_on_device
 from .selected_attention import DTYPES, MOST_HEAD_DIM
 
 __all__ = ["BandRule", "banded_attention_backward", "banded_attention_forward", "supports"]
@@ -38,6 +38,9 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         return "q, k and v must be on one device."
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0."
+    unproven = unproven_on_device(q, dk, dv)
+    if unproven is not None:
+        return unproven
     device, d, e = device_of(q), power_of_two(dk, 16), power_of_two(dv, 16)
     for launch, memory in (
         (banded_launch.forward_launch(1, dk, dv, q.dtype, device), banded_launch.forward_shared_memory),

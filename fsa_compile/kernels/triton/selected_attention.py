@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from .launch import backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two
+from .launch import (
+    backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two, unproven_on_device,
+)  # fmt: skip
 from .plan import Positions
 from .selected_backward import backward
 from .selected_forward import forward
@@ -47,6 +49,9 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.T
         return "q, k, v and indices must be on one device."
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0."
+    unproven = unproven_on_device(q, dk, dv)
+    if unproven is not None:
+        return unproven
     device, group = device_of(q), hq // hi if hi else 1
     d, e = power_of_two(dk, 16), power_of_two(dv, 16)
     for launch, memory in (
