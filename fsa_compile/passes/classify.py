@@ -15,9 +15,10 @@ from .attention_form import AttentionForm
 from .evaluate import DataDependent
 from .form_view import FormView
 from .lift import lift
+from .nodes import op_name
 from .normal_form import SAFE
 from .prove import Prover
-from .reader import Reader, op_name
+from .reader import Reader
 from .refusal import Refusal
 from .sites import SiteNodes, dropout_between
 from .visibility import prove_no_empty_row
@@ -143,14 +144,26 @@ def _empty_rows(
     if form.zero_rows or form.fills == {-math.inf}:
         safe = op_name(view.reader.nodes[form.softmax]) in SAFE
         if added_gradient and minus_infinity and not safe:  # 0 * NaN reaches q and k through the sum
-            raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added -inf then gives NaN gradients that the op would drop")
+            raise Refusal(
+                ReasonKind.GRADIENT,
+                "a query may see no key, and an added -inf then gives NaN gradients that the op would drop",
+            )
         if not form.zero_rows and needs_grad and not whole_rows:
-            raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and its NaN gradients then reach only the keys that it gathered")
+            raise Refusal(
+                ReasonKind.GRADIENT,
+                "a query may see no key, and its NaN gradients then reach only the keys that it gathered",
+            )
         return (), "zero" if form.zero_rows else "nan"
     if len(form.fills) > 1:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and its masked logits get different finite values")
     if not whole_rows:
-        raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and a finite fill then averages over gathered or padded keys")
+        raise Refusal(
+            ReasonKind.EMPTY_ROWS,
+            "a query may see no key, and a finite fill then averages over gathered or padded keys",
+        )
     if added_gradient:
-        raise Refusal(ReasonKind.GRADIENT, "a query may see no key, and an added finite fill then has a gradient that the op would drop")
+        raise Refusal(
+            ReasonKind.GRADIENT,
+            "a query may see no key, and an added finite fill then has a gradient that the op would drop",
+        )
     return (), "mean"

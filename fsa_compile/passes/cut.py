@@ -16,8 +16,9 @@ from . import expr as x
 from .attention_form import AttentionForm, Operand
 from .expr import Expr
 from .layout import Layout, find_layout
+from .nodes import dtype, op_name
 from .normal_form import Anchor, NormalForm
-from .reader import Coords, Reader, Step, dtype, op_name
+from .reader import Coords, Reader, Step
 from .refusal import Refusal
 
 
@@ -97,7 +98,8 @@ def _different_places(r: Reader, raw: NormalForm) -> Refusal:
         if gathered:
             return Refusal(
                 ReasonKind.GRADIENT,
-                "the gathered keys are multiplied by run-time factors before the logits; the op would drop them and their gradient",
+                "the gathered keys are multiplied by run-time factors before the logits; "
+                "the op would drop them and their gradient",
             )
     return Refusal(
         ReasonKind.OPERANDS, "the keys that the logits see and the values that are summed do not come from one place in one order"

@@ -19,13 +19,18 @@ CUT_TARGETS = frozenset(
 """Calls that neither attention nor its masks look through: their results are inputs of the shadow."""
 
 SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention exp".split())
+MODE_SWITCHES = (
+    "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode",
+)  # fmt: skip
 WHOLE = ("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 """Attention that Dynamo hands over as one call."""
 CONTRACTIONS = frozenset("matmul bmm einsum baddbmm __matmul__ scaled_dot_product_attention mm".split())
 
 _OPERATOR_WRITES = frozenset(
     getattr(operator, name)
-    for name in "setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+    for name in (
+        "setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
+    ).split()
 )
 
 
@@ -96,9 +101,7 @@ def switches_mode(n: Node) -> bool:
         return False
     module = getattr(n.target, "__module__", "") or ""
     name = target_name(n)
-    return name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode") or (
-        module.startswith("torch._C._functorch")
-    )
+    return name in MODE_SWITCHES or module.startswith("torch._C._functorch")
 
 
 def storage(n: Node) -> int | None:

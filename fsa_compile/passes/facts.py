@@ -19,7 +19,8 @@ from torch.fx import Node
 
 from . import expr as x
 from .expr import Expr
-from .reader import Mode, Reader, argument, axis, op_name, rank
+from .nodes import argument, axis, op_name, rank
+from .reader import Mode, Reader
 from .smt import closure
 
 _ROUNDS = 4  # nested memberships are rare; deeper ones stay uninterpreted
@@ -56,7 +57,7 @@ def ground_facts(r: Reader, formulas: Iterable[Expr], terms: Sequence[Expr]) -> 
             new = list(membership_facts(e, terms))
             facts += new
             scan(new)
-    minima = [f for m in loads for w in [witness(e) for e in done] for f in minimum_facts(r, m, x.poly(w) if w.op != "sum" else w)]
+    minima = [f for m in loads for e in done for f in minimum_facts(r, m, witness(e))]
     facts += minima
     scan(minima)
     for name, atoms in sorted(picks.items()):

@@ -35,7 +35,7 @@ class Normalised:
 
 def match(r: Reader, n: Node) -> Normalised | None:
     """The weights that the division `n` normalises, or None if it is another division."""
-    from .reader import is_tensor, op_name
+    from .nodes import is_tensor, op_name
 
     if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
         return None
@@ -53,7 +53,7 @@ def match(r: Reader, n: Node) -> Normalised | None:
 
 def _total(total: Node) -> tuple[Node, int, bool] | None:
     """``e.sum(d)``: (e, d, whether the axis is kept or put back)."""
-    from .reader import argument, axis, op_name, rank
+    from .nodes import argument, axis, op_name, rank
 
     restored = None  # the dimension that an unsqueeze puts back
     while op_name(total) in ("expand", "unsqueeze"):
@@ -76,7 +76,8 @@ def _total(total: Node) -> tuple[Node, int, bool] | None:
 
 def is_weights(n: Node) -> bool:
     """Whether a node is exp of something, moved or masked to zero."""
-    from .reader import MOVES, is_tensor, op_name
+    from .nodes import is_tensor, op_name
+    from .reader import MOVES
 
     name = op_name(n)
     if name == "exp":
@@ -87,7 +88,7 @@ def is_weights(n: Node) -> bool:
 
 
 def _contracts(n: Node, weights: Node) -> bool:
-    from .reader import op_name
+    from .nodes import op_name
 
     if op_name(n) not in ("matmul", "bmm", "einsum"):
         return False
@@ -101,7 +102,8 @@ def logit(r: Reader, n: Node, c: Coords) -> Expr:
     Raises:
         Unreadable: If the weights are masked by something that is not zero or one.
     """
-    from .reader import Mode, Unreadable, is_tensor, op_name
+    from .nodes import is_tensor, op_name
+    from .reader import Mode, Unreadable
 
     name = op_name(n)
     if name == "exp":

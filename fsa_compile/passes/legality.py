@@ -17,12 +17,16 @@ from . import dynamo_graph as dg
 from . import expr as x
 from .classify import Match
 from .expr import Expr
-from .reader import Reader, op_name
+from .nodes import op_name
+from .reader import Reader
 from .refusal import Refusal
 from .shadow import Shadow
 
 _EVALUABLE = frozenset(
-    "sum var size prod div mod if_int apply predicate load softmax true false not and or ge eq exists compare const float scaled".split()
+    (
+        "sum var size prod div mod if_int apply predicate load softmax true false not and or ge eq exists compare const "
+        "float scaled"
+    ).split()
 )
 """What a block list may be made of for the rewrite to compute it: see `TensorEvaluator`."""
 

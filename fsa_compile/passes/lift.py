@@ -15,8 +15,9 @@ from . import expr as x
 from .attention_form import AttentionForm
 from .cut import cut
 from .expr import Expr
+from .nodes import op_name, rank
 from .normal_form import Anchor, normal_form
-from .reader import Reader, op_name, rank
+from .reader import Reader
 from .refusal import Refusal
 
 INDEX_OPS = frozenset(

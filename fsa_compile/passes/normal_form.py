@@ -14,7 +14,8 @@ from torch.fx import Node
 from ..report import ReasonKind
 from . import expr as x
 from .expr import Expr
-from .reader import Coords, Reader, dtype, is_real, is_tensor, op_name
+from .nodes import dtype, is_real, is_tensor, op_name
+from .reader import Coords, Reader
 from .refusal import Refusal
 from .smt import solve
 
@@ -86,7 +87,10 @@ def _terms(e: Expr, k: float = 1.0) -> list[tuple[float, Expr]]:
 def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> NormalForm:
     factor, _, e = _strip(r.read(anchor.node, anchor.real))
     if e.op != "dot":
-        raise Refusal(ReasonKind.NOT_ATTENTION, f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}")
+        raise Refusal(
+            ReasonKind.NOT_ATTENTION,
+            f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}",
+        )
     kept, factors = _masked_after(e.args[1], softmax)
     stripped = [_strip(f) for f in factors]
     position = next((k for k, (_, _, p) in enumerate(stripped) if p.op == "softmax" and p.args[0] == softmax.name), None)
@@ -151,7 +155,10 @@ def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> N
             holds_operand(a)
     for n, inside in between.items():
         if inside and torch.finfo(dtype(n)).eps > coarsest:
-            raise Refusal(ReasonKind.DTYPE, f"logits or probabilities are rounded to {dtype(n)}, less than queries, keys and values hold")
+            raise Refusal(
+                ReasonKind.DTYPE,
+                f"logits or probabilities are rounded to {dtype(n)}, less than queries, keys and values hold",
+            )
 
 
 def _some_visible(kept: Expr, visible: Expr, jv: Expr) -> bool:
@@ -230,7 +237,10 @@ def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, froz
             additive |= bool(data)
             continue
         if shift < 0 and not data:
-            raise Refusal(ReasonKind.FILL, f"masked logits get {shift:g}, which leaks probability: only -inf, finfo.min or <= -1e9 mask")
+            raise Refusal(
+                ReasonKind.FILL,
+                f"masked logits get {shift:g}, which leaks probability: only -inf, finfo.min or <= -1e9 mask",
+            )
         keyed = [(k, t) for k, t in data if jv in t.free]
         if any(t.op != "dot" for _, t in keyed) or len(keyed) != 1:
             other = next((t for _, t in keyed if t.op != "dot"), None)

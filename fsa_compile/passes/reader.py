@@ -13,8 +13,6 @@ Leaves are sound; they only prove less. To add an op, add a rule to a module of 
 from __future__ import annotations
 
 import enum
-import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from torch.fx import GraphModule, Node
 from . import expr as x
 from . import handmade
 from .expr import Expr
+from .nodes import axis, dtype, exact, holds, is_real, is_tensor, literal, op_name, rank, rounded
 from .sizes import Sizes
 
 Coords = tuple[Expr, ...]
@@ -65,7 +64,9 @@ MoveRule = Callable[["Reader", Node, Coords], "Move | None"]
 ValueRule = Callable[["Reader", Node, Coords, Mode], "Expr | None"]
 CASTS = ("_to_copy", "to", "type_as")
 """Ops that may change the dtype: a move for an operand (the rewrite repeats the cast), a value rule otherwise."""
-CREATIONS = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor")
+CREATIONS = (
+    "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor",
+)  # fmt: skip
 NAMED = ("nan_to_0", "about")
 """Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
@@ -91,84 +92,6 @@ def values(*names: str) -> Callable[[ValueRule], ValueRule]:
         return rule
 
     return register
-
-
-# ------------------------------------------------------------------------------------------- node access
-
-
-def op_name(n: Node) -> str:
-    """``"view"`` for ``aten.view.default``; ``"getitem"`` for an element of a tuple; "" for no call."""
-    if n.op != "call_function":
-        return ""
-    if n.target is operator.getitem:
-        return "getitem"
-    schema = getattr(n.target, "_schema", None)
-    if schema is None:
-        return getattr(n.target, "__name__", str(n.target))
-    # A custom op of the same name is another op: only aten is known.
-    return schema.name.removeprefix("aten::")
-
-
-def argument(n: Node, position: int, name: str, default: Any = None) -> Any:
-    """The argument of a call, positional or by keyword."""
-    return n.args[position] if len(n.args) > position else n.kwargs.get(name, default)
-
-
-def dtype(n: Node) -> torch.dtype:
-    return n.meta["val"].dtype
-
-
-def is_tensor(n: Any) -> bool:
-    return isinstance(n, Node) and isinstance(n.meta.get("val"), torch.Tensor)
-
-
-def is_real(n: Node) -> bool:
-    return dtype(n).is_floating_point
-
-
-def is_int(n: Node) -> bool:
-    return not is_real(n) and dtype(n) != torch.bool and not dtype(n).is_complex
-
-
-def rank(n: Node) -> int:
-    return n.meta["val"].dim()
-
-
-def axis(d: int, r: int) -> int:
-    """A possibly negative dimension as an index."""
-    return d + r if d < 0 else d
-
-
-def literal(v: Any, dt: torch.dtype) -> Expr:
-    """A Python number as an element of a tensor of that dtype."""
-    if dt == torch.bool:
-        return x.boolean(bool(v))
-    return x.real(rounded(float(v), dt)) if dt.is_floating_point else x.integer(int(v))
-
-
-def rounded(v: float, dt: torch.dtype) -> float:
-    """A constant as a tensor of that dtype holds it."""
-    return torch.tensor(v, dtype=torch.float64).to(dt).to(torch.float64).item()
-
-
-def exact(e: Expr, dt: torch.dtype) -> bool:
-    """Whether integers that `e` stands for are held exactly by the dtype: bfloat16 cannot count beyond 256."""
-    if dt.is_floating_point:
-        limit = 2 / torch.finfo(dt).eps
-        return all(-limit <= t.args[0].lo and t.args[0].hi <= limit for _, t in x.cases(e) if t.op == "float")
-    if e.sort == x.INT:
-        info = torch.iinfo(dt)
-        if info.bits < 32 or not math.isinf(e.lo) and not math.isinf(e.hi):
-            return info.min <= e.lo and e.hi <= info.max
-    return True
-
-
-def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every value of one floating-point dtype is one of the other."""
-    if wide == narrow or not (wide.is_floating_point and narrow.is_floating_point):
-        return wide == narrow
-    a, b = torch.finfo(wide), torch.finfo(narrow)
-    return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> A
     if groups > 1:
         fill = fill.repeat_interleave(groups, 1)
     if match.empty_value == "nan":
-        fill = fill * torch.where(empty, float("nan"), 0.0).to(fill.dtype if isinstance(fill, torch.Tensor) else operand_dtype(match))
+        fill = fill * torch.where(empty, float("nan"), 0.0).to(operand_dtype(match))
     return torch.where(empty, fill, out)
 
 

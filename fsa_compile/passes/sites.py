@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .reader import SOFTMAXES, Reader, argument, is_real, is_tensor, op_name
+from .nodes import argument, is_real, is_tensor, op_name
+from .reader import SOFTMAXES, Reader
 
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 _TRANSPARENT = frozenset(

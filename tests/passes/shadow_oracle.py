@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from fsa_compile.passes import expr as x
 from fsa_compile.passes.evaluate import TensorEvaluator
 from fsa_compile.passes.expr import Expr
-from fsa_compile.passes.reader import MOVES, VALUES, Mode, Reader, op_name
+from fsa_compile.passes.nodes import op_name
+from fsa_compile.passes.reader import MOVES, VALUES, Mode, Reader
 
 
 class Oracle(TensorEvaluator):

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, is_real, is_tensor, op_name, rank, values
+from ..nodes import argument, is_real, is_tensor, op_name, rank
+from ..reader import Coords, Mode, Reader, values
 
 
 def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:

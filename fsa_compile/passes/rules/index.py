@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Move, Reader, argument, axis, is_tensor, moves, op_name, rank
+from ..nodes import argument, axis, is_tensor, op_name, rank
+from ..reader import Coords, Move, Reader, moves
 
 
 def at(coords: Coords, d: int, e: Expr) -> Coords:

@@ -7,7 +7,8 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_tensor, literal, op_name, rank, values
+from ..nodes import argument, axis, dtype, is_tensor, literal, op_name, rank
+from ..reader import Coords, Mode, Reader, values
 from .index import at, nonempty, r_axis, slice_start, wrap
 from .pointwise import converted
 

@@ -9,22 +9,8 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import (
-    Coords,
-    Mode,
-    Reader,
-    Unreadable,
-    argument,
-    dtype,
-    exact,
-    is_int,
-    is_real,
-    is_tensor,
-    literal,
-    op_name,
-    rounded,
-    values,
-)  # fmt: skip
+from ..nodes import argument, dtype, exact, is_int, is_real, is_tensor, literal, op_name, rounded
+from ..reader import Coords, Mode, Reader, Unreadable, values
 from .contraction import deferred_softmax
 
 

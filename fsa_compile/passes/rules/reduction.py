@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..reader import Coords, Mode, Reader, argument, axis, dtype, is_int, is_real, rank, values
+from ..nodes import argument, axis, dtype, is_int, is_real, rank
+from ..reader import Coords, Mode, Reader, values
 
 
 def reduced_axis(n: Node, position: int = 1) -> int | None:
