@@ -1,0 +1,1 @@
+"""Tests of the backend entry point, options, reports and the console."""
