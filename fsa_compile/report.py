@@ -68,8 +68,6 @@ class ReasonKind(str, enum.Enum):
     """A device without a kernel."""
     UNPROFITABLE = "unprofitable"
     """`profit="auto"` expects the op to be slower here."""
-    DISABLED = "disabled"
-    """Switched off by `options`."""
     TOKEN_LEVEL = "token_level"
     """A top-k over single tokens (DeepSeek sparse attention): no block structure."""
     UNROLLED_LOOP = "unrolled_loop"

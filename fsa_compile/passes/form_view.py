@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import expr as x
 from .attention_form import AttentionForm
-from .evaluate import DataDependent, at_point
+from .evaluate import at_point
 from .expr import Expr
 from .reader import Reader
 
@@ -70,6 +70,3 @@ class FormView:
             if atom is not None:
                 values[atom] = v
         return bool(at_point(form.visible, values, self.reader.sizes.hints))
-
-
-__all__ = ["DataDependent", "FormView"]

@@ -133,13 +133,12 @@ class _Held:
         self.mapping = mapping
         self.holders: dict[Expr, tuple[Node, tuple[Expr, ...]]] = {}
         best: dict[Expr, int] = {}
-        for e, places in r.origins.items():
-            if not any(t.op in ("apply", "predicate", "compare") for t in x.walk(e)):
+        for e, everywhere in r.origins.items():
+            places = [(n, coords) for n, coords in everywhere if n in shadow.standing_for]
+            if not places or not any(t.op in ("apply", "predicate", "compare") for t in x.walk(e)):
                 continue
             moved = x.substitute(e, mapping)
             for n, coords in places:
-                if n not in shadow.standing_for:
-                    continue
                 at = tuple(x.substitute(c, mapping) for c in coords)
                 if not set().union(*(c.free for c in at)) <= moved.free:
                     continue
@@ -235,8 +234,8 @@ def _one_grad_mode(output: Node, path: set[Node]) -> None:
             grad = n.args[0]
         inference += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
         modes[n] = (grad, inference)
-    for n in sorted(path, key=list(modes).index):
-        if modes[n] != modes[output]:
+    for n, mode in modes.items():
+        if n in path and mode != modes[output]:
             raise Refusal(ReasonKind.GRADIENT, "the attention is computed partly without gradients", source=dg.source_of(n))
 
 

@@ -159,7 +159,7 @@ def _judge_all(
     for site, nodes in zip(blank, sites):
         line = (site.source, site.module)
         if not unrolled.get(line):
-            judged.append(_judge(r, shadow, nodes, candidates, prover, options))
+            judged.append(_judge(r, shadow, site, nodes, candidates, prover, options))
             if line not in unrolled:
                 unrolled[line] = turns[line] >= UNROLLED and judged[-1].match is None
             if not unrolled[line]:
@@ -171,11 +171,15 @@ def _judge_all(
 
 
 def _judge(
-    r: Reader, shadow: Shadow, nodes: SiteNodes, candidates: Sequence[Pattern], prover: Prover, options: Options
+    r: Reader,
+    shadow: Shadow,
+    site: Site,
+    nodes: SiteNodes,
+    candidates: Sequence[Pattern],
+    prover: Prover,
+    options: Options,
 ) -> _Judged:
-    """The verdict on one site."""
-    site = _site(shadow, nodes)
-    match: Match | None = None
+    """The verdict on one site, which so far only has its place."""
     try:
         match = classify(r, nodes, frozenset(shadow.standing_for), candidates, prover, needs_grad(shadow, nodes.contraction))
         site = _with(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)

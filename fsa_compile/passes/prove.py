@@ -25,8 +25,8 @@ class Prover:
 
     Attributes:
         reader: Knows the top-k nodes and sizes.
-        seconds: What is left of the graph's proof budget.
-        spent: Seconds used.
+        seconds: The graph's proof budget.
+        spent: Seconds of it that are used.
     """
 
     reader: Reader
@@ -99,14 +99,13 @@ class Refused(Refusal):
         self.model = model
 
 
-def counterexample_of(view: FormView, model: Model, op: str, position: Expr | None = None) -> Counterexample:
+def counterexample_of(view: FormView, model: Model, op: str) -> Counterexample:
     """A solver model as query, key, head and batch row.
 
     Args:
         view: The form whose coordinates the model gives values to.
         model: The values.
         op: The rule that was tried.
-        position: The key position, where it is not the form's own key index.
     """
     form = view.form
 
@@ -114,7 +113,7 @@ def counterexample_of(view: FormView, model: Model, op: str, position: Expr | No
         v = x.as_var(e)
         return model.values.get(v, 0) if v is not None else (x.constant(e) or 0)
 
-    key = value(position if position is not None else form.j)
+    key = value(form.j)
     try:
         sees = view.sees(value(form.i), key)
     except Exception:  # data-dependent: the solver chose the data

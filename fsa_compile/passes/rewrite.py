@@ -153,15 +153,14 @@ class Rewriter:
 
     # -- removal
     def _remove_dead(self, n: Node) -> None:
-        todo = [n]
+        todo, gone = [n], set()
         while todo:
             dead = todo.pop()
-            if dead.users or not dg.is_call(dead) or self._has_effect(dead):
-                continue
-            if dead not in self.graph.find_nodes(op=dead.op, target=dead.target):
+            if dead in gone or dead.users or not dg.is_call(dead) or self._has_effect(dead):
                 continue
             inputs = dead.all_input_nodes
             self.graph.erase_node(dead)
+            gone.add(dead)
             todo.extend(inputs)
 
     @staticmethod
