@@ -109,7 +109,7 @@ def test_rules_and_dtypes(rule, dtype):
 
 
 @pytest.mark.parametrize(
-    "dims", [(16, 16), (32, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format
+    "dims", [(16, 16), (40, 24), (32, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids="dk{0[0]}-dv{0[1]}".format
 )
 @pytest.mark.parametrize("block_size", [16, 64, 256])
 def test_head_dims_and_blocks(dims, block_size):

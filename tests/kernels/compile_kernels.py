@@ -7,7 +7,8 @@ under ``TRITON_INTERPRET=1`` the kernels cannot be compiled.
     python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]'
 
 A variant with a "rule" of "window" or "compressed" is banded attention, any other selected attention. It
-prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes) and some PTX counts.
+prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes), uniform registers read before
+they are set, and some PTX counts.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ PTX = {
     "wide_load": r"(ld\.global\S*\.v4|cp\.async\.c[ag]\.shared\.global [^;]*0x10)",
 }
 """What to count in the PTX: matrix instructions, reductions of several floats or of one, loads of 16 bytes."""
+
+TO_UNIFORM = ("R2UR", "S2UR", "VOTEU", "REDUX", "CS2UR")
+NOT_TO_UNIFORM = ("UTMA", "UBLK", "UCGABAR", "UISETP", "UPLOP3", "USETMAXREG", "USYNCS")
+"""Instructions that write a uniform register although their name does not begin with U, and the other way round."""
 
 
 @contextlib.contextmanager
@@ -102,16 +107,40 @@ def record_banded(group, rule, dk, dv, dtype, n=4096):
     return launches
 
 
-def resources(cubin):
-    """(registers, spilled bytes) of a thread, or (None, None) where cuobjdump is missing."""
+def disassembled(cubin):
+    """Registers and spilled bytes of a thread, and `unset_registers`; all None where cuobjdump is missing."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
-        return None, None
+        return {"registers": None, "spills": None, "unset": None}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "spills": spills, "unset": unset_registers(text)}
+
+
+def unset_registers(sass):
+    """Uniform registers that the listing reads before it writes them, as "address register".
+
+    ptxas 12.8 did that to the descriptors of wgmma in a kernel of ours that loaded tiles element by element: garbage, or an
+    illegal address. Reading the listing from top to bottom is enough, as the first use of a register is not behind a jump.
+    """
+    written, unset = set(), []
+    for address, name, operands in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", sass):
+        read = [int(x) for x in re.findall(r"\bUR(\d+)\b", operands)]
+        writes = name.startswith(TO_UNIFORM) or name[0] == "U" and not name.startswith(NOT_TO_UNIFORM)
+        target = read.pop(0) if writes and read else None
+        descriptors = re.match(r"R\d+, (R\d+, )?gdesc\[UR(\d+)\]", operands)
+        if descriptors:  # a and b in four registers; only b, in the upper two, if a comes from vector registers
+            first = int(descriptors[2])
+            read = range(first + 2 if descriptors[1] else first, first + 4)
+        unset += [f"{address} UR{x}" for x in read if x not in written]
+        if target is not None:
+            wide = 2 if re.search(r"\.(64|WIDE)", name) else 1
+            written.update(range(target, target + wide))
+    return unset
 
 
 def main():
@@ -130,11 +159,10 @@ def main():
                 continue
             seen.add(identity)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            registers, spills = resources(compiled.asm["cubin"])
             ptx = compiled.asm["ptx"]
             counts = {name: len(re.findall(pattern, ptx)) for name, pattern in PTX.items()}
             what = {"kernel": kernel.fn.__name__, "variant": variant, "capability": capability, **options}
-            cost = {"shared": compiled.metadata.shared, "registers": registers, "spills": spills}
+            cost = {"shared": compiled.metadata.shared, **disassembled(compiled.asm["cubin"])}
             print(json.dumps({**what, **cost, **counts}), flush=True)
 
 

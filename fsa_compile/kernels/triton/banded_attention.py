@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from . import banded_launch
+from .alignment import align, narrow
 from .banded_backward import backward
 from .banded_forward import forward
 from .bands import BandRule
-from .launch import device_of, power_of_two, unproven_on_device
+from .launch import device_of, power_of_two
 from .selected_attention import DTYPES, MOST_HEAD_DIM
 
 __all__ = ["BandRule", "banded_attention_backward", "banded_attention_forward", "supports"]
@@ -38,9 +39,6 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         return "q, k and v must be on one device."
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0."
-    unproven = unproven_on_device(q, dk, dv)
-    if unproven is not None:
-        return unproven
     device, d, e = device_of(q), power_of_two(dk, 16), power_of_two(dv, 16)
     for launch, memory in (
         (banded_launch.forward_launch(1, dk, dv, q.dtype, device), banded_launch.forward_shared_memory),
@@ -73,9 +71,9 @@ def banded_attention_forward(
         ValueError: for inputs that `supports` refuses, or a stride below 1.
     """
     _check(q, k, v, rule)
-    q, k, v = map(_dense_rows, (q, k, v))
     with _on(q):
-        return forward(q, k, v, scale, rule)
+        out, lse = forward(*map(align, (q, k, v)), scale, rule)
+    return narrow(out, v.shape[-1]), lse
 
 
 def banded_attention_backward(
@@ -105,9 +103,10 @@ def banded_attention_backward(
         ValueError: for inputs that `supports` refuses, or a stride below 1.
     """
     _check(q, k, v, rule)
-    q, k, v, dout, out = map(_dense_rows, (q, k, v, dout, out))
+    aligned = [align(x) for x in (q, k, v, out)]
     with _on(q):
-        return backward(dout.to(q.dtype), dlse, q, k, v, out, lse.contiguous(), scale, rule)
+        dq, dk, dv = backward(align(dout.to(q.dtype)), dlse, *aligned, lse.contiguous(), scale, rule)
+    return narrow(dq, q.shape[-1]), narrow(dk, k.shape[-1]), narrow(dv, v.shape[-1])
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: BandRule) -> None:
@@ -115,10 +114,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: BandRule) ->
         raise ValueError(f"stride must be at least 1, not {rule.stride}.")
     if (why := supports(q, k, v)) is not None:
         raise ValueError(f"banded attention: {why}")
-
-
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _on(x: torch.Tensor) -> torch.cuda.device:

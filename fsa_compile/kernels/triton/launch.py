@@ -144,16 +144,3 @@ def _shrink(
         else:
             break
     return rows, keys, stages
-
-
-def unproven_on_device(x: torch.Tensor, *head_dims: int) -> str | None:
-    """Why head dimensions are not trusted on a GPU although the interpreter is right with them, or None.
-
-    Measured on an H100 (torch 2.11, Triton 3.6): banded attention in bfloat16 with dk = 40, dv = 24 gave other values in other
-    runs, and once an illegal address. Powers of two and 192 were right. Until that is understood, 16-bit tensors need head
-    dimensions that are powers of two or multiples of 32.
-    """
-    if x.device.type != "cuda" or x.element_size() > 2:
-        return None
-    odd = [d for d in head_dims if d % 32 and d & (d - 1)]
-    return f"head dimension {odd[0]} is neither a power of two nor a multiple of 32." if odd else None

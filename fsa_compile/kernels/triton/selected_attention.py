@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from .alignment import align, narrow
 from .launch import (
-    backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two, unproven_on_device,
+    backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two,
 )  # fmt: skip
 from .plan import Positions
 from .selected_backward import backward
@@ -49,9 +50,6 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.T
         return "q, k, v and indices must be on one device."
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0."
-    unproven = unproven_on_device(q, dk, dv)
-    if unproven is not None:
-        return unproven
     device, group = device_of(q), hq // hi if hi else 1
     d, e = power_of_two(dk, 16), power_of_two(dv, 16)
     for launch, memory in (
@@ -98,9 +96,9 @@ def selected_attention_forward(
         ValueError: for an unknown rule or inputs that `supports` refuses.
     """
     _check(q, k, v, indices, block_size, rule)
-    q, k, v = map(_dense_rows, (q, k, v))
     with _on(q):
-        return forward(q, k, v, indices, block_size, scale, rule, Positions(q_offset, q_offsets))
+        out, lse = forward(*map(align, (q, k, v)), indices, block_size, scale, rule, Positions(q_offset, q_offsets))
+    return narrow(out, v.shape[-1]), lse
 
 
 def selected_attention_backward(
@@ -137,12 +135,13 @@ def selected_attention_backward(
         ValueError: for an unknown rule or inputs that `supports` refuses.
     """
     _check(q, k, v, indices, block_size, rule)
-    q, k, v, dout, out = map(_dense_rows, (q, k, v, dout, out))
+    aligned = [align(x) for x in (q, k, v, out)]
     with _on(q):
-        return backward(
-            dout.to(q.dtype), dlse, q, k, v, out, lse.contiguous(), indices, block_size, scale, rule,
+        dq, dk, dv = backward(
+            align(dout.to(q.dtype)), dlse, *aligned, lse.contiguous(), indices, block_size, scale, rule,
             Positions(q_offset, q_offsets), torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
+    return narrow(dq, q.shape[-1]), narrow(dk, k.shape[-1]), narrow(dv, v.shape[-1])
 
 
 def _check(
@@ -152,10 +151,6 @@ def _check(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}.")
     if (why := supports(q, k, v, indices, block_size)) is not None:
         raise ValueError(f"selected attention: {why}")
-
-
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _on(x: torch.Tensor) -> torch.cuda.device:
