@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from ..registry.pattern import Candidate, Pattern
@@ -166,4 +167,20 @@ def _empty_rows(
             ReasonKind.GRADIENT,
             "a query may see no key, and an added finite fill then has a gradient that the op would drop",
         )
+    if form.additive and not _forgets_logits(form):
+        raise Refusal(
+            ReasonKind.EMPTY_ROWS,
+            f"a query may see no key, and {max(form.fills):g} added to its logits does not make them all equal",
+        )
     return (), "mean"
+
+
+LOGIT = 1e6
+"""Larger than any logit that a model produces, in absolute value."""
+
+
+def _forgets_logits(form: AttentionForm) -> bool:
+    """Whether the sum of a finite fill and a logit rounds to the fill: finfo.min does, -1e9 keeps logits above 32 in float32."""
+    dtype = max((o.dtype for o in (form.q, form.k, form.v)), key=lambda d: d.itemsize)
+    half_a_step = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 4
+    return all(abs(fill) * half_a_step >= LOGIT for fill in form.fills)

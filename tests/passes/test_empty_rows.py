@@ -182,6 +182,23 @@ def test_compressed_rows_that_see_nothing(way: str, grad: bool) -> None:
     check(fn, inputs, way in (MUST_FIRE_WITH_GRAD if grad else MUST_FIRE_WITHOUT_GRAD), "compressed")
 
 
+@pytest.mark.parametrize("way", ["added -1e9", "subtracted 1e9", "SDPA, added -1e9"], ids=lambda w: w.replace(" ", "_"))
+@pytest.mark.parametrize("dtype, factor", [(torch.float64, 1.0), (torch.float32, 200.0)], ids=["float64", "large_logits"])
+def test_a_sum_with_a_finite_fill_need_not_forget_the_logit(way: str, dtype: torch.dtype, factor: float) -> None:
+    """``-1e9 + logit`` is -1e9 in float32 if the logit is below 32: only then is a row without keys a plain average."""
+    q, k, v = (t.detach().to(dtype) for t in qkv(m=LENGTH // 4))
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return WAYS[way](q * factor, k, v, compressed_mask(k.shape[2]))
+
+    check(fn, (q, k, v), False, "compressed")
+
+
+def test_a_sum_with_finfo_min_forgets_the_logit() -> None:
+    inputs = tuple(t.detach() for t in qkv(m=LENGTH // 4))
+    check(lambda q, k, v: added(MIN)(q, k, v, compressed_mask(k.shape[2])), inputs, True, "compressed")
+
+
 @pytest.mark.parametrize(
     "way", ["masked_fill -inf", "masked_fill finfo.min", "nan_to_num", "SDPA, truths"], ids=lambda w: w.replace(" ", "_")
 )
