@@ -18,7 +18,7 @@ CUT_TARGETS = frozenset(
 )
 """Calls that neither attention nor its masks look through: their results are inputs of the shadow."""
 
-SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention exp".split())
+SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention flex_attention exp".split())
 MODE_SWITCHES = (
     "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode",
 )  # fmt: skip
@@ -55,6 +55,39 @@ def value(n: Node) -> object:
 def is_higher_order(n: Node) -> bool:
     """Whether the call takes functions: a checkpoint, a condition, an autograd.Function."""
     return any(c.__name__ == "HigherOrderOperator" for c in type(n.target).__mro__)
+
+
+def is_flex(n: Node) -> bool:
+    """Whether the call is `torch.nn.attention.flex_attention.flex_attention`: the one higher-order call that is looked into."""
+    return n.op == "call_function" and is_higher_order(n) and target_name(n) == "flex_attention"
+
+
+def inputs(n: Node) -> list[Node]:
+    """What the result of a node depends on. For `flex_attention` that is not the tables of its block mask."""
+    if not is_flex(n):
+        return n.all_input_nodes
+    captured = [a for group in n.args[7:] for a in _nodes(group)]
+    return list(dict.fromkeys([*_nodes(n.args[:3]), *captured]))
+
+
+_ENTER = re.compile(r"_(vmap|grad|jvp|func)_increment_nesting|_enter_dual_level")
+_LEAVE = re.compile(r"_(vmap|grad|jvp|func)_decrement_nesting|_exit_dual_level")
+
+
+def transformed(gm: GraphModule) -> dict[Node, str]:
+    """The nodes inside of functorch transforms (`vmap`, `grad`, ...), with the name of the outermost one."""
+    out: dict[Node, str] = {}
+    entered: list[str] = []
+    for n in gm.graph.nodes:
+        name = target_name(n)
+        enters = _ENTER.match(name)
+        if enters:
+            entered.append(enters[1] or "jvp")
+        if entered:
+            out[n] = entered[0]
+        if entered and _LEAVE.match(name):
+            entered.pop()
+    return out
 
 
 def writes(n: Node) -> bool:
@@ -109,7 +142,10 @@ def storage(n: Node) -> int | None:
     v = value(n)
     if not isinstance(v, torch.Tensor) or v.layout is not torch.strided:
         return None
-    return v.untyped_storage()._cdata
+    try:
+        return v.untyped_storage()._cdata
+    except NotImplementedError:  # inside of a vmap, where a view's first argument holds what it views
+        return storage(n.args[0]) if n.args and isinstance(n.args[0], Node) else None
 
 
 def written_storages(nodes: Iterable[Node]) -> dict[int, Node]:
@@ -165,5 +201,5 @@ def ancestors(nodes: Iterable[Node], stop: frozenset[Node] | set[Node]) -> set[N
             continue
         seen.add(n)
         if n not in stop:
-            todo.extend(n.all_input_nodes)
+            todo.extend(inputs(n))
     return seen

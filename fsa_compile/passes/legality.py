@@ -17,6 +17,7 @@ from . import dynamo_graph as dg
 from . import expr as x
 from .classify import Match
 from .expr import Expr
+from .flex_call import why_inconsistent
 from .nodes import op_name
 from .reader import Reader
 from .refusal import Refusal
@@ -77,6 +78,7 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
         return shadow.standing_for[r.nodes[name]][0]
 
     output = first(form.output)
+    _one_mask(r.nodes[form.softmax])
     q, k, v = (first(o.node) for o in (form.q, form.k, form.v))
     blocks = tuple(_list_tensors(r, shadow, match))
     data = {name: _holder(r, shadow, name) for name in sorted(_data_names(blocks))}
@@ -89,6 +91,19 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
     _one_grad_mode(output, path)
     _no_hooks(path)
     return Placement(output, q, k, v, blocks, data)
+
+
+def _one_mask(softmax: Node) -> None:
+    """The op computes what the mask function of a `flex_attention` says; the tables of its block mask must say the same."""
+    bodies = softmax.meta.get("flex")
+    if bodies is None:
+        return
+    why = why_inconsistent(bodies.call)
+    if why is not None:
+        raise Refusal(ReasonKind.MASK, why)
+    for u in bodies.call.node.users:
+        if u.args[1] != 0 and u.users:
+            raise Refusal(ReasonKind.OPERANDS, "flex_attention returns log-sum-exps or maxima too, which the op does not give back")
 
 
 def needs_grad(shadow: Shadow, n: Node) -> bool:

@@ -19,7 +19,7 @@ from .reader import Coords, Reader
 from .refusal import Refusal
 from .smt import solve
 
-SAFE = ("scaled_dot_product_attention", "_safe_softmax")
+SAFE = ("scaled_dot_product_attention", "_safe_softmax", "fsa_shadow::flex_attention")
 """Softmaxes that give zeros, not NaN, for a row of -inf."""
 
 

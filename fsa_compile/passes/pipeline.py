@@ -227,7 +227,7 @@ def _notes(gm: GraphModule) -> list[str]:
     """Barriers that the user may want to know of."""
     out = []
     for n in gm.graph.nodes:
-        if n.op == "call_function" and dg.is_higher_order(n) and "checkpoint" not in str(n.target):
+        if n.op == "call_function" and dg.is_higher_order(n) and "checkpoint" not in str(n.target) and not dg.is_flex(n):
             out.append(f"{dg.source_of(n)}: {n.target} is left whole; attention inside of it is not looked at")
         elif dg.target_name(n) in dg.WHOLE:
             out.append(f"{dg.source_of(n)}: {dg.target_name(n)} is one call; attention inside of it is not looked at")

@@ -70,6 +70,8 @@ CREATIONS = (
 NAMED = ("nan_to_0", "about")
 """Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
+FUSED: dict[str, Callable[["Reader", Node, Coords], Expr]] = {}
+"""Ops that are a whole attention ``(q, k, v, ...)``, with the rule for their logits at (..., query, key)."""
 MOVES: dict[str, MoveRule] = {}
 VALUES: dict[str, ValueRule] = {}
 
@@ -79,6 +81,16 @@ def moves(*names: str) -> Callable[[MoveRule], MoveRule]:
 
     def register(rule: MoveRule) -> MoveRule:
         MOVES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def fused(name: str) -> Callable[[Callable[[Reader, Node, Coords], Expr]], Callable[[Reader, Node, Coords], Expr]]:
+    """Registers the rule for the logits of an op that is a whole attention."""
+
+    def register(rule: Callable[[Reader, Node, Coords], Expr]) -> Callable[[Reader, Node, Coords], Expr]:
+        FUSED[name] = rule
         return rule
 
     return register
@@ -347,17 +359,15 @@ class Reader:
             found = self.handmade_softmax(n)
             assert found is not None
             return found
-        if name == "scaled_dot_product_attention":
+        if name in FUSED:
             return n, rank(n) - 1
         return n.args[0], axis(n.args[1], rank(n))
 
     def logit(self, n: Node, coords: Coords) -> Expr:
         """The logit behind element `coords` of the probabilities of node `n`."""
         name = op_name(n)
-        if name == "scaled_dot_product_attention":
-            from .rules.contraction import sdpa_logit
-
-            return sdpa_logit(self, n, coords)
+        if name in FUSED:
+            return FUSED[name](self, n, coords)
         source, _ = self.softmax_axis(n)
         return handmade.logit(self, source, coords) if name == "div" else self.read(source, coords, Mode.FORMULA)
 
@@ -411,7 +421,7 @@ def _small_constant(gm: GraphModule, n: Node) -> Any:
 
 def load_rules() -> None:
     """Fills the tables; rule modules register themselves on import."""
-    from .rules import contraction, index, membership, pointwise, reduction  # noqa: F401
+    from .rules import contraction, flex, index, membership, pointwise, reduction  # noqa: F401
 
 
 load_rules()

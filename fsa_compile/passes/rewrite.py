@@ -166,7 +166,8 @@ class Rewriter:
     @staticmethod
     def _has_effect(n: Node) -> bool:
         name = dg.target_name(n)
-        return n.is_impure() or dg.writes(n) or dg.switches_mode(n) or dg.is_higher_order(n) or name.startswith(_RANDOM)
+        called = dg.is_higher_order(n) and not dg.is_flex(n)
+        return called or n.is_impure() or dg.writes(n) or dg.switches_mode(n) or name.startswith(_RANDOM)
 
 
 def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:

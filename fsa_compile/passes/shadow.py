@@ -13,7 +13,9 @@ tracing context; the context's own fake mode is another one, and mixing them fai
 
 from __future__ import annotations
 
+import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,34 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dynamo_graph as dg
+from .flex_call import FlexCall, flex_call
+
+FLEX = "fsa_shadow::flex_attention"
+"""What stands for a call of `flex_attention` in a shadow graph: one node with operands and captured tensors."""
+_library = torch.library.Library("fsa_shadow", "DEF")
+_library.define("flex_attention(Tensor q, Tensor k, Tensor v, Tensor[] captured, int call) -> Tensor")
+
+
+@torch.library.register_fake(FLEX, lib=_library)
+def _flex_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captured: list[torch.Tensor], call: int) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@dataclass(frozen=True)
+class FlexBodies:
+    """The functions of a `flex_attention` node of a shadow graph, as shadow graphs of their own.
+
+    Attributes:
+        call: The call in the Dynamo graph.
+        score, mask: Functional graphs: scalars (score, batch, head, query, key; without score) and captured values.
+        score_captured, mask_captured: For each captured value: its position in the node's list, or None for a number.
+    """
+
+    call: FlexCall
+    score: GraphModule
+    mask: GraphModule
+    score_captured: tuple[int | None, ...]
+    mask_captured: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -50,11 +80,13 @@ def attention_slice(gm: GraphModule) -> tuple[list[Node], list[Node]]:
     Returns:
         ``(inside, inputs)``; both empty if the graph holds nothing that looks like attention.
     """
-    seeds = [n for n in gm.graph.nodes if dg.target_name(n) in dg.SOFTMAX_TARGETS]
+    transformed = dg.transformed(gm)
+    seeds = [n for n in gm.graph.nodes if dg.target_name(n) in dg.SOFTMAX_TARGETS and n not in transformed]
     if not seeds:
         return [], []
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
-    cuts = {n for n in gm.graph.nodes if _cuts(n)}
+    # A transform's body is computed on tensors that are not what they look like, by ops that must not be replaced there.
+    cuts = {n for n in gm.graph.nodes if n in transformed or _cuts(n)}
     forward: set[Node] = set()
     todo = list(seeds)
     while todo:
@@ -75,15 +107,15 @@ def attention_slice(gm: GraphModule) -> tuple[list[Node], list[Node]]:
         if not more:
             break
         wanted |= dg.ancestors(more, cuts)
-    inside = [n for n in gm.graph.nodes if (n in wanted and n not in cuts and dg.is_call(n)) or dg.switches_mode(n)]
-    needed = {a for n in inside for a in n.all_input_nodes} - set(inside)
+    inside = [n for n in gm.graph.nodes if n not in cuts and (n in wanted and dg.is_call(n) or dg.switches_mode(n))]
+    needed = {a for n in inside for a in dg.inputs(n)} - set(inside)
     return inside, sorted(needed, key=order.__getitem__)
 
 
 def _cuts(n: Node) -> bool:
     if n.op in ("placeholder", "get_attr", "output"):
         return True
-    return dg.is_higher_order(n) or (dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor))
+    return dg.is_higher_order(n) and not dg.is_flex(n) or (dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor))
 
 
 class _Recorder(fx.Interpreter):
@@ -93,8 +125,12 @@ class _Recorder(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.inside, self.inputs = inside, inputs
         self.made: list[tuple[Node, torch.Tensor]] = []
+        self.flex: list[FlexCall] = []
 
     def run_node(self, n: Node) -> Any:
+        call = flex_call(n)
+        if call is not None:
+            return self._flex(call)
         if dg.target_name(n) in dg.CONTRACTIONS and isinstance(dg.value(n), torch.Tensor):
             return self._contract(n, dg.value(n).dtype)  # type: ignore[union-attr]
         return super().run_node(n)
@@ -110,7 +146,17 @@ class _Recorder(fx.Interpreter):
         args, kwargs = tree_map(cast, (args, kwargs))
         return getattr(self, n.op)(n.target, args, kwargs)
 
+    def _flex(self, call: FlexCall) -> tuple[torch.Tensor, ...]:
+        """The output; log-sum-exp and maxima are tensors that nothing is known of."""
+        recorded = dg.value(call.node)[0].dtype  # type: ignore[index]
+        q, k, v = (self.env[n].to(recorded) if self.env[n].dtype != recorded else self.env[n] for n in (call.q, call.k, call.v))
+        captured = [self.env[n] for n in call.inputs[3:] if isinstance(dg.value(n), torch.Tensor)]
+        out = torch.ops.fsa_shadow.flex_attention(q, k, v, captured, len(self.flex))
+        self.flex.append(call)
+        return out, *(q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
+
     def trace(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        self.flex = []
         self.env = dict(zip(self.inputs, args))
         self.made = [(n, a) for n, a in self.env.items() if isinstance(a, torch.Tensor)]
         for n in self.inside:
@@ -142,6 +188,9 @@ def trace(gm: GraphModule) -> Shadow | None:
             shadow = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*given)
         finally:
             torch.set_grad_enabled(grad)
+        for n in shadow.graph.nodes:
+            if n.target is torch.ops.fsa_shadow.flex_attention.default:
+                n.meta["flex"] = _flex_bodies(recorder.flex[n.args[4]], n.name)
     output = next(n for n in shadow.graph.nodes if n.op == "output")
     results = output.args[0]
     output.args = ((),)  # so that the users of a node are those of the model
@@ -150,6 +199,48 @@ def trace(gm: GraphModule) -> Shadow | None:
     for n, s in of.items():
         standing.setdefault(s, []).append(n)
     return Shadow(shadow, of, {s: tuple(ns) for s, ns in standing.items()})
+
+
+class _Body(fx.Interpreter):
+    """Runs a score or mask function, in which tensors are indexed by scalars."""
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and n.target is operator.getitem and isinstance(dg.value(n.args[0]), torch.Tensor):
+            source, index = self.fetch_args_kwargs_from_env(n)[0]
+            index = index if isinstance(index, (tuple, list)) else (index,)
+            if all(isinstance(i, (torch.Tensor, int)) and not isinstance(i, bool) for i in index):
+                given = [i if isinstance(i, torch.Tensor) else torch.full((), i) for i in index]
+                return torch.ops.aten.index(source, given)
+        return super().run_node(n)
+
+
+def _flex_bodies(call: FlexCall, name: str) -> FlexBodies:
+    """The functions of a call, traced on scalars as eager gives them: positions in int64, scores in float32 at least."""
+    recorded = dg.value(call.q)
+    assert isinstance(recorded, torch.Tensor)
+    score = torch.empty((), dtype=torch.promote_types(recorded.dtype, torch.float32), device=recorded.device)
+    where = [torch.empty((), dtype=torch.int64, device=recorded.device) for _ in range(4)]
+    graphs, positions, k = [], [], 0
+    for body, scalars, captured in (
+        (call.score, (score, *where), call.score_captured), (call.mask, where, call.mask_captured),
+    ):  # fmt: skip
+        values = [dg.value(c) if isinstance(c, Node) else c for c in captured]
+        graphs.append(_functional(body, (*scalars, *values), f"{name}_{'mask' if graphs else 'score'}"))
+        places: list[int | None] = []
+        for v in values:
+            places.append(k if isinstance(v, torch.Tensor) else None)
+            k += isinstance(v, torch.Tensor)
+        positions.append(tuple(places))
+    return FlexBodies(call, *graphs, *positions)
+
+
+def _functional(body: GraphModule, args: Sequence[Any], prefix: str) -> GraphModule:
+    """The functional ATen graph of a body, in names that no other graph has; the result is the output node's argument."""
+    run = dispatch_functionalize(_Body(body).run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*args)
+    for n in traced.graph.nodes:
+        n.name = f"{prefix}.{n.name}"
+    return traced
 
 
 def _input_value(gm: GraphModule, n: Node) -> Any:

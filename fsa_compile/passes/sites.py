@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from .nodes import argument, is_real, is_tensor, op_name
-from .reader import SOFTMAXES, Reader
+from .reader import FUSED, SOFTMAXES, Reader
 
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 _TRANSPARENT = frozenset(
@@ -21,7 +21,7 @@ _TRANSPARENT = frozenset(
 
 @dataclass(frozen=True)
 class SiteNodes:
-    """The two shadow nodes of a site: they are one for scaled_dot_product_attention."""
+    """The two shadow nodes of a site: they are one for an op that is a whole attention."""
 
     softmax: Node
     contraction: Node
@@ -37,7 +37,7 @@ def find_sites(r: Reader) -> Iterator[SiteNodes]:
         name = op_name(n)
         if not name or not is_tensor(n) or not is_real(n):
             continue
-        if name == "scaled_dot_product_attention":
+        if name in FUSED:
             yield SiteNodes(n, n)
         elif name == "div" and r.handmade_softmax(n) is not None and r.divides_sum(n):
             yield SiteNodes(n, n)

@@ -39,6 +39,7 @@ class Kind(enum.Enum):
     S3 = "one selection for all queries"
     S4 = "additive gate"
     S5 = "mask into SDPA"
+    S6 = "flex_attention"
     S8 = "token top-k"
     S9 = "look-alike"
     WINDOW = "sliding window"

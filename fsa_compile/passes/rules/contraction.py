@@ -7,10 +7,12 @@ import string
 
 from torch.fx import Node
 
+from ...report import ReasonKind
 from .. import expr as x
 from ..expr import Expr
 from ..nodes import argument, is_real, is_tensor, op_name, rank
-from ..reader import Coords, Mode, Reader, values
+from ..reader import Coords, Mode, Reader, fused, values
+from ..refusal import Refusal
 
 
 def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:
@@ -125,11 +127,13 @@ def _kv_lead(r: Reader, n: Node, c: Coords) -> Coords:
     if not n.kwargs.get("enable_gqa", False):
         return c[:-2]
     hq, hkv = x.constant(r.shape(q)[-3]), x.constant(r.shape(k)[-3])
-    assert hq is not None and hkv is not None
+    if hq is None or hkv is None:
+        raise Refusal(ReasonKind.HEAD_MAP, "the number of heads is dynamic")
     return (*c[:-3], x.floordiv(c[-3], hq // hkv))
 
 
-def sdpa_logit(r: Reader, n: Node, c: Coords) -> Expr:
+@fused("scaled_dot_product_attention")
+def _sdpa_logit(r: Reader, n: Node, c: Coords) -> Expr:
     """The logit of SDPA at (..., query, key): scaled, causal from the top left, masked or biased."""
     q, k = n.args[:2]
     mask = argument(n, 3, "attn_mask")
@@ -145,7 +149,8 @@ def sdpa_logit(r: Reader, n: Node, c: Coords) -> Expr:
     )
     if scale is None:
         width = x.constant(r.shape(q)[-1])
-        assert width is not None
+        if width is None:
+            raise Refusal(ReasonKind.SHAPE, "the head dimension is dynamic")
         scale = width**-0.5
     e = x.scaled(e, float(scale))
     if argument(n, 5, "is_causal", False):

@@ -19,7 +19,9 @@ def reduced_axis(n: Node, position: int = 1) -> int | None:
     dims = argument(n, position, "dim")
     if isinstance(dims, int):
         dims = [dims]
-    return axis(dims[0], rank(n.args[0])) if dims and len(dims) == 1 else None
+    if not dims:  # all axes
+        return 0 if rank(n.args[0]) == 1 else None
+    return axis(dims[0], rank(n.args[0])) if len(dims) == 1 else None
 
 
 def inside(r: Reader, n: Node, c: Coords, d: int, keepdim: bool, tag: str) -> tuple[Expr, Coords]:
