@@ -4,6 +4,7 @@
 torch nor Triton: everything that needs them is an attribute that loads on first use.
 
 * `explain` tells what a compilation would do, `last_report` what the latest one did.
+* `VerificationError` is what ``options={"verify": True}`` raises.
 * `ops` has the attention ops as documented callables for hand-written models.
 * `registry` has the patterns, and is where you add your own.
 """
@@ -13,22 +14,25 @@ from __future__ import annotations
 import importlib
 from typing import Any, TYPE_CHECKING
 
-from fsa_compile.report import Counterexample, GraphReport, Proof, Reason, ReasonKind, Report, Site, Verdict
+from fsa_compile.report import Counterexample, DataCheck, GraphReport, Proof, Reason, ReasonKind, Report, Site, Verdict
 
 if TYPE_CHECKING:
     from fsa_compile import ops, registry
     from fsa_compile.backend import explain, last_report
+    from fsa_compile.verify import VerificationError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Counterexample",
+    "DataCheck",
     "GraphReport",
     "Proof",
     "Reason",
     "ReasonKind",
     "Report",
     "Site",
+    "VerificationError",
     "Verdict",
     "explain",
     "last_report",
@@ -41,6 +45,7 @@ _LAZY = {
     "last_report": ("fsa_compile.backend", "last_report"),
     "ops": ("fsa_compile.ops", None),
     "registry": ("fsa_compile.registry", None),
+    "VerificationError": ("fsa_compile.verify", "VerificationError"),
 }
 
 

@@ -121,14 +121,19 @@ def _what(site: Site, *, full: bool) -> Iterator[Text]:
     if full:
         for proof in site.proofs:
             yield Text(f"proven: {proof.obligation} ({proof.method}, {proof.milliseconds:.1f} ms)", style="dim")
+        for check in site.checks:
+            found = "" if check.error is None else f"largest error {check.error:.1e}, "
+            yield Text(f"{check.kind}: {found}{check.text}", style="dim")
 
 
 def _collapse(sites: Iterable[Site]) -> Iterator[tuple[Site, list[str]]]:
-    """Sites that differ only in module, node and proof times: one of them, and the modules of all, in graph order."""
+    """Sites that differ only in module, node, times and errors: one of them, and the modules of all, in graph order."""
     groups: dict[str, tuple[Site, list[str]]] = {}
     for site in sites:
         proofs = tuple(replace(proof, milliseconds=0.0) for proof in site.proofs)
-        key = repr(replace(site, module="", node="", proofs=proofs))
+        checks = tuple(replace(check, error=None, text="") for check in site.checks if check.error is not None)
+        unchecked = tuple(check for check in site.checks if check.error is None)
+        key = repr(replace(site, module="", node="", proofs=proofs, checks=checks + unchecked))
         groups.setdefault(key, (site, []))[1].append(site.module)
     yield from groups.values()
 

@@ -33,6 +33,9 @@ class Options:
         only: If not empty, the names of the only patterns that may fire.
         profit: ``"auto"`` refuses a rewrite that is expected to be slower than the user's code, ``"always"`` does not ask.
         proof_seconds: Seconds for all proofs of one graph; a site for which none are left is refused as undecided.
+        differential: Compare each rewritten region with its op on made-up data, in float64, while compiling. The environment
+            variable ``FSA_DIFFERENTIAL`` sets the default.
+        verify: Compare the first call of each rewritten graph with eager, forward and gradients, and raise if they differ.
 
     Example:
         >>> options, inductor = Options.parse({"inner": "aot_eager", "max_autotune": True})
@@ -47,6 +50,8 @@ class Options:
     only: tuple[str, ...] = ()
     profit: Profit = "auto"
     proof_seconds: float = 2.0
+    differential: bool = False
+    verify: bool = False
 
     @classmethod
     def parse(
@@ -73,6 +78,8 @@ class Options:
         inductor: dict[str, Any] = {}
         if (printed := os.environ.get("FSA_REPORT")) is not None:
             ours["report"] = _choice("environment variable FSA_REPORT", printed.lower(), Detail)
+        if (switch := os.environ.get("FSA_DIFFERENTIAL")) is not None:
+            ours["differential"] = _is_on(switch)
         for key, value in (given or {}).items():
             if key in _CHECKS:
                 ours[key] = _CHECKS[key](f"option {key!r}", value)
@@ -86,7 +93,11 @@ class Options:
 
 def disabled() -> bool:
     """Whether the environment variable ``FSA_DISABLE`` asks for every graph to be handed over untouched."""
-    return os.environ.get("FSA_DISABLE", "").strip().lower() not in _FALSE
+    return _is_on(os.environ.get("FSA_DISABLE", ""))
+
+
+def _is_on(switch: str) -> bool:
+    return switch.strip().lower() not in _FALSE
 
 
 def _choice(what: str, value: Any, kind: Any) -> str:
@@ -123,6 +134,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "only": _names,
     "profit": lambda what, value: _choice(what, value, Profit),
     "proof_seconds": _seconds,
+    "differential": _flag,
+    "verify": _flag,
 }
 assert set(_CHECKS) == {f.name for f in fields(Options)}, "every option needs a check"
 

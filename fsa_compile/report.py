@@ -72,6 +72,8 @@ class ReasonKind(str, enum.Enum):
     """A top-k over single tokens (DeepSeek sparse attention): no block structure."""
     UNROLLED_LOOP = "unrolled_loop"
     """A Python loop over queries or heads, unrolled by Dynamo: vectorise it."""
+    DIFFERENTIAL = "differential"
+    """Proven, and yet not what the model computes on made-up data (`options={"differential": True}`): a fault of fsa_compile."""
     INTERNAL = "internal"
     """A fault of fsa_compile; the graph is untouched. `options={"strict": True}` raises it."""
 
@@ -138,6 +140,22 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class DataCheck:
+    """One comparison of a rewritten site with the user's code, on data.
+
+    Args:
+        kind: ``"differential"``.
+        error: The largest error of the output and of any gradient: norm of the difference over the norm. None if the
+            comparison did not run.
+        text: What was compared, or why nothing was.
+    """
+
+    kind: str
+    error: float | None
+    text: str
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention site: a softmax between two contractions.
 
@@ -150,6 +168,7 @@ class Site:
         counterexample: Where the nearest rule differs, when a proof failed.
         parameters: What was found: window, block size, stride, scale, sizes, ...
         proofs: The discharged obligations.
+        checks: Comparisons on data, where they were asked for.
         node: Name of the site's last node in the Dynamo graph.
         module: Path of the ``nn.Module`` it stands in, for example ``"layers.3.attn"``.
     """
@@ -161,6 +180,7 @@ class Site:
     counterexample: Counterexample | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     proofs: tuple[Proof, ...] = ()
+    checks: tuple[DataCheck, ...] = ()
     node: str = ""
     module: str = ""
 

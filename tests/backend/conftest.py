@@ -28,7 +28,7 @@ class FakePipeline:
     calls: list[tuple[str, Options, bool]] = field(default_factory=list)
 
     def analyse_and_rewrite(
-        self, gm: torch.fx.GraphModule, options: Options, *, name: str, rewrite: bool = True
+        self, gm: torch.fx.GraphModule, options: Options, *, name: str, rewrite: bool = True, **_: object
     ) -> tuple[GraphReport, ...]:
         self.calls.append((name, options, rewrite))
         self.action(gm)
@@ -49,6 +49,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No compiled code, no report and no setting from another test."""
     monkeypatch.delenv("FSA_REPORT", raising=False)
     monkeypatch.delenv("FSA_DISABLE", raising=False)
+    monkeypatch.delenv("FSA_DIFFERENTIAL", raising=False)
     monkeypatch.setattr(backend, "_journal", Journal())
     torch._dynamo.reset()
     yield
