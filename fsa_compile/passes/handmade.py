@@ -6,6 +6,7 @@ A weight of zero is a logit of -inf, so the logit of a masked weight is a case t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,12 +89,23 @@ def is_weights(n: Node) -> bool:
 
 
 def _contracts(n: Node, weights: Node) -> bool:
-    from .nodes import op_name
+    """Whether a contraction has the weights, or a view of them, as an operand."""
+    from .nodes import is_tensor, op_name
+    from .reader import MOVES
 
-    if op_name(n) not in ("matmul", "bmm", "einsum"):
+    operands: Sequence[object]
+    if op_name(n) == "sum" and is_tensor(n.args[0]) and op_name(n.args[0]) in ("mul", "multiply"):
+        operands = n.args[0].args
+    elif op_name(n) in ("matmul", "bmm", "einsum"):
+        operands = n.args[1] if op_name(n) == "einsum" else n.args
+    else:
         return False
-    operands = n.args[1] if op_name(n) == "einsum" else n.args
-    return any(a is weights for a in operands)
+    for a in operands:
+        while a is not weights and is_tensor(a) and op_name(a) in MOVES and is_tensor(a.args[0]):
+            a = a.args[0]
+        if a is weights:
+            return True
+    return False
 
 
 def logit(r: Reader, n: Node, c: Coords) -> Expr:

@@ -282,7 +282,7 @@ class Reader:
         """Whether an operand is read through `n`: contractions, probabilities, and products with a constant."""
         name = op_name(n)
         if name in ("mul", "div"):
-            return self.handmade_softmax(n) is not None or _constant_factor(n) is not None
+            return self.handmade_softmax(n) is not None or constant_factor(n) is not None
         if name in ("masked_fill", "where"):
             sources = n.args[:1] if name == "masked_fill" else n.args[1:]
             return any(is_tensor(a) and self.is_probability(a) for a in sources)
@@ -303,7 +303,7 @@ class Reader:
         guard, factor, used = x.TRUE, 1.0, dtype(n)
         out = [Step(n, coords, guard, factor)]
         while True:
-            k = _constant_factor(n) if is_real(n) and op_name(n) in ("mul", "div") else None
+            k = constant_factor(n) if is_real(n) else None
             if k is not None:
                 source, by = k
                 factor *= by
@@ -398,8 +398,10 @@ def _either(condition: Expr, a: dict[Node, Step], b: dict[Node, Step] | None) ->
     }
 
 
-def _constant_factor(n: Node) -> tuple[Node, float] | None:
+def constant_factor(n: Node) -> tuple[Node, float] | None:
     """``source * c`` or ``source / c`` with a Python number: (source, factor)."""
+    if op_name(n) not in ("mul", "div"):
+        return None
     a, b = n.args[:2]
     if isinstance(a, Node) and isinstance(b, (int, float)) and not isinstance(b, bool):
         if op_name(n) == "mul":

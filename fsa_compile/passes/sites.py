@@ -11,6 +11,8 @@ from .nodes import argument, is_real, is_tensor, op_name
 from .reader import FUSED, SOFTMAXES, Reader
 
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
+FEW = 8
+"""A softmax over fewer whose weights multiply something that is summed is a gate over branches."""
 _TRANSPARENT = frozenset(
     "view reshape _unsafe_view permute transpose clone contiguous squeeze unsqueeze alias _to_copy to dropout "
     "native_dropout nan_to_num masked_fill where mul div getitem expand slice flatten unflatten detach type_as select_scatter "
@@ -61,6 +63,18 @@ def unmatched_weights(r: Reader, sites: Sequence[SiteNodes]) -> Iterator[SiteNod
                     yield SiteNodes(n, c)
 
 
+def _sums_values(n: Node, weights: Node) -> bool:
+    """Whether ``(p[..., None] * v).sum(d)`` sums values; a sum of probabilities, masked or not, is none."""
+    if op_name(n) != "sum" or not is_tensor(n.args[0]) or op_name(n.args[0]) not in ("mul", "multiply"):
+        return False
+    product = n.args[0].meta["val"]
+    sizes = [s for s in weights.meta["val"].shape if not isinstance(s, int) or s != 1]
+    dims = argument(n, 1, "dim")
+    summed = [product.shape[d] for d in ([dims] if isinstance(dims, int) else dims or ())]
+    many = not any(isinstance(s, int) and s < FEW for s in summed[:1]) or len(summed) > 1
+    return many and len([s for s in product.shape if not isinstance(s, int) or s != 1]) > len(sizes)
+
+
 def _contractions(n: Node) -> list[Node]:
     found: list[Node] = []
     seen, todo = {n}, [n]
@@ -70,7 +84,8 @@ def _contractions(n: Node) -> list[Node]:
                 continue
             seen.add(user)
             name = op_name(user)
-            if name in CONTRACTIONS and is_tensor(user) and user.meta["val"].dim() >= 2:
+            contracts = name in CONTRACTIONS or _sums_values(user, n)
+            if contracts and is_tensor(user) and user.meta["val"].dim() >= 2:
                 found.append(user)
             elif name in _TRANSPARENT or name in ("add", "sub") and _same_shape(user, n):
                 todo.append(user)

@@ -10,30 +10,89 @@ from torch.fx import Node
 from ...report import ReasonKind
 from .. import expr as x
 from ..expr import Expr
-from ..nodes import argument, is_real, is_tensor, op_name, rank
-from ..reader import Coords, Mode, Reader, fused, values
+from ..nodes import argument, axis, dtype, is_real, is_tensor, op_name, rank
+from ..reader import Coords, Mode, Reader, Step, constant_factor, fused, values
 from ..refusal import Refusal
+
+PRODUCTS = ("mul", "multiply")
 
 
 def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:
     return n, c, r.read(n, c, Mode.OPERAND)
 
 
-@values("matmul", "bmm", "mm", "baddbmm")
+@values("matmul", "bmm", "mm")
 def _matmul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    factor = 1.0
-    if op_name(n) == "baddbmm":
-        if n.kwargs.get("beta", 1) != 0:
-            return None
-        factor = n.kwargs.get("alpha", 1)
-        a, b = n.args[1:3]
-    else:
-        a, b = n.args[:2]
-    if rank(a) < 2 or rank(b) < 2 or not is_real(n):
+    a, b = n.args[:2]
+    return _product(r, n, a, b, c) if rank(a) >= 2 and rank(b) >= 2 and is_real(n) else None
+
+
+@values("baddbmm")
+def _baddbmm(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """``beta * t + alpha * a @ b``; with beta 0 not even a NaN of t counts."""
+    t, a, b = n.args[:3]
+    alpha, beta = n.kwargs.get("alpha", 1), n.kwargs.get("beta", 1)
+    if not is_real(n) or not all(isinstance(f, (int, float)) for f in (alpha, beta)):
         return None
+    product = x.scaled(_product(r, n, a, b, c), alpha)
+    return product if beta == 0 else x.add_reals(product, x.scaled(r.operand(n, t, c, m), beta))
+
+
+def _product(r: Reader, n: Node, a: Node, b: Node, c: Coords) -> Expr:
+    """Element `c` of ``a @ b``."""
     k = x.var(f"{n.name}.k", r.shape(a)[-1])
     left, right = r.align(a, (*c[:-1], k)), r.align(b, (*c[:-2], k, c[-1]))
-    return x.scaled(r.contraction([k], [operand(r, a, left), operand(r, b, right)]), factor)
+    return r.contraction([k], [operand(r, a, left), operand(r, b, right)])
+
+
+@values("linalg_vecdot")
+def _vecdot(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    a, b = n.args[:2]
+    d = axis(n.kwargs.get("dim", -1), rank(n) + 1)
+    if not is_real(n):
+        return None
+    k = x.var(f"{n.name}.k", r.shape(a)[d - rank(n) - 1])
+    inside = (*c[:d], k, *c[d:])
+    return r.contraction([k], [operand(r, t, r.align(t, inside)) for t in (a, b)])
+
+
+def sum_of_products(r: Reader, n: Node, c: Coords) -> Expr | None:
+    """``(a * b).sum(dims)`` as the contraction that it is; None if no product of two tensors is summed."""
+    source, dims, keepdim = n.args[0], argument(n, 1, "dim"), bool(argument(n, 2, "keepdim", False))
+    if not dims or dtype(n) != dtype(source):
+        return None
+    summed = sorted({axis(d, rank(source)) for d in ([dims] if isinstance(dims, int) else dims)})
+    bound = {d: x.var(f"{n.name}.k{d}", r.shape(source)[d]) for d in summed}
+    rest = iter(c)
+    at = []
+    for d in range(rank(source)):
+        if d not in bound or keepdim:
+            kept = next(rest)
+        at.append(bound[d] if d in bound else kept)
+    found = _two_factors(r, source, tuple(at))
+    if found is None:
+        return None
+    factor, a, b = found
+    return x.scaled(r.contraction(list(bound.values()), [operand(r, *a), operand(r, *b)]), factor)
+
+
+def _two_factors(r: Reader, n: Node, c: Coords) -> tuple[float, tuple[Node, Coords], tuple[Node, Coords]] | None:
+    """Element `c` of `n` as a number times one element each of two tensors."""
+    factor = 1.0
+    while True:
+        scaled = constant_factor(n)
+        step = r.move(n, c, Mode.OPERAND)
+        if scaled is not None:
+            factor *= scaled[1]
+            n, c = scaled[0], r.align(scaled[0], c)
+        elif step is not None and step.guard is x.TRUE and dtype(step.source) == dtype(n):
+            n, c = step.source, step.coords
+        else:
+            break
+    if op_name(n) not in PRODUCTS or not all(is_tensor(a) and is_real(a) for a in n.args[:2]):
+        return None
+    a, b = n.args[:2]
+    return factor, (a, r.align(a, c)), (b, r.align(b, c))
 
 
 @values("einsum")
@@ -92,10 +151,10 @@ def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     weights, d = r.softmax_axis(n)
     product = r.read(numerator, r.align(numerator, c))
     factors = r.operands.get(product, ())
-    position = next((k for k, (node, _) in enumerate(factors) if node is weights), None)
-    if product.op != "dot" or len(factors) != 2 or position is None:
+    places = [(k, step.coords) for k, f in enumerate(factors) for step in _down_to(r, f, weights)]
+    if product.op != "dot" or len(factors) != 2 or not places:
         return None
-    at = factors[position][1]
+    position, at = places[0]
     if [v for v in product.args[0]] != [x.as_var(at[d])]:
         return None
     # The row of the sum, read down to the sum itself.
@@ -109,6 +168,13 @@ def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     other, where = factors[1 - position]
     assert other is not None
     return r.contraction([at[d]], [(None, (), x.softmax(n.name, at)), operand(r, other, where)])
+
+
+def _down_to(r: Reader, factor: tuple[Node | None, Coords], node: Node) -> list[Step]:
+    """Where a factor of a contraction stands in a node that it is a view of."""
+    if factor[0] is None:
+        return []
+    return [s for s in r.chain(factor[0], factor[1]) if s.node is node and s.guard is x.TRUE and s.factor == 1]
 
 
 @values("scaled_dot_product_attention")

@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from .. import expr as x
 from ..expr import Expr
-from ..nodes import argument, axis, dtype, is_int, is_real, rank
+from ..nodes import argument, axis, dtype, is_int, is_real, op_name, rank
 from ..reader import Coords, Mode, Reader, values
+from .contraction import sum_of_products
 
 
 def reduced_axis(n: Node, position: int = 1) -> int | None:
@@ -50,7 +51,9 @@ def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("sum", "count_nonzero")
 def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    """A count of truths: zero iff none holds, at least one otherwise. How many is not needed."""
+    """A count of truths: zero iff none holds, at least one otherwise, how many is not needed. Of products: a contraction."""
+    if is_real(n):
+        return sum_of_products(r, n, c) if m is Mode.FORMULA and op_name(n) == "sum" else None
     d = reduced_axis(n)
     if d is None or dtype(n) not in (torch.int32, torch.int64):  # a count in 8 bits wraps
         return None
