@@ -1,0 +1,1 @@
+"""Random models written in random spellings: see docs/fuzzing.md."""

@@ -1,0 +1,63 @@
+"""What a generated model and its mutant must do, in one place for the tests and for the long run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fuzz.check import check, difference, DIFFERENT, eager, Verdict
+from fuzz.choices import from_trail
+from fuzz.model import generate, Model
+from fuzz.refusals import may_refuse
+
+DRAWS = 4
+"""How many draws of the inputs a mutant gets to show that it differs from its parent."""
+
+
+@dataclass
+class Judgement:
+    """What happened to one model, or to one mutant.
+
+    Args:
+        model: The model.
+        verdict: What the compilation did; None if it raised.
+        fault: "wrong", "refused", "crash" or "equivalent" (a mutant that differs from its parent in no draw); empty if all is
+            as it should be.
+        detail: What exactly.
+    """
+
+    model: Model
+    verdict: Verdict | None = None
+    fault: str = ""
+    detail: str = ""
+    owed: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.detail}\n\n{self.model!r}"
+
+
+def judge(model: Model, seed: int = 0) -> Judgement:
+    """A right model is rewritten, every branch of it, and equal to eager. A mutant is equal to its own eager."""
+    judgement = Judgement(model, owed=() if model.mutant else may_refuse(model))
+    try:
+        verdict = judgement.verdict = check(model, seed)
+    except Exception as error:  # A crash is a finding like any other, and the long run must go on.
+        judgement.fault, judgement.detail = "crash", f"{type(error).__name__}: {error}"
+        return judgement
+    if verdict.wrong:
+        judgement.fault, judgement.detail = "wrong", verdict.wrong
+    elif not model.mutant and not len(model.branches) - len(judgement.owed) <= verdict.rewritten <= len(model.branches):
+        judgement.fault = "refused"
+        judgement.detail = f"{verdict.rewritten} of {len(model.branches)} rewritten; " + "; ".join(verdict.reasons)
+    return judgement
+
+
+def judge_mutant(parent: Model, slip: str) -> Judgement:
+    """As `judge`, after making sure that the slip changes an outcome at all."""
+    mutant = generate(from_trail(parent.trail), slip)
+    for seed in range(DRAWS):
+        # In float64, so that no rounding can pass for a difference.
+        if difference(eager(parent, seed, dtype=torch.float64), eager(mutant, seed, dtype=torch.float64))[0] >= DIFFERENT:
+            return judge(mutant, seed)
+    return Judgement(mutant, fault="equivalent", detail=f"{slip} changes nothing in {DRAWS} draws")

@@ -1,0 +1,74 @@
+"""Spellings that are refused today although the op computes them: what is still owed, as narrow as it can be told.
+
+A row names decisions of the generator. "*" stands for any branch. A model may be refused at a branch where a row holds, and
+nowhere else; and each row's example, the plainest model with these decisions, must still be refused, so a row goes when its
+spelling is recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fuzz.choices import Option
+from fuzz.model import Model
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row.
+
+    Args:
+        choices: The decisions, by name.
+        branch: The branch that is refused; in the example this is where "*" stands.
+        reason: How the report's reason begins, "kind: text".
+    """
+
+    choices: Mapping[str, Option | tuple[Option, ...]]
+    branch: str
+    reason: str
+
+    def example(self) -> dict[str, Option]:
+        """The trail of the plainest such model."""
+        trail: dict[str, Option] = {"branches": self.branch}
+        for name, option in self.choices.items():
+            trail[name.replace("*", self.branch)] = option[0] if isinstance(option, tuple) else option
+        return trail
+
+    def holds(self, model: Model, branch: str) -> bool:
+        """Whether `branch` of `model` takes these decisions."""
+        if branch != self.branch and not any(name.startswith("*.") for name in self.choices):
+            return False
+
+        def taken(name: str, option: Option | tuple[Option, ...]) -> bool:
+            actual = model.trail.get(name.replace("*", branch))
+            return actual in option if isinstance(option, tuple) else actual == option
+
+        return all(taken(name, option) for name, option in self.choices.items())
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal({"*.softmax": ("logsumexp", "log_softmax")}, "window", "not_attention: an exponential is contracted like a softmax"),
+    Refusal({"*.scale": "parameter_logits"}, "window", "logits: the logits are not scale * <q, k>"),
+    Refusal({"*.fill": "-1e9", "dtype": "bfloat16"}, "window", "fill: masked logits get -9.98244e+08"),
+    Refusal({"*.empty_rows": ("multiply", "rows")}, "compressed", "not_attention: the output is not the product"),
+    Refusal({"selected.membership": "scatter_add"}, "selected", "runtime_mask: the mask holds run-time values"),
+    Refusal({"selected.membership": "isin"}, "selected", "runtime_mask: the mask holds run-time values"),
+    Refusal({"selected.membership": "scatter_tokens"}, "selected", "token_level: "),
+    Refusal({"selected.causal": "cumsum"}, "selected", "runtime_mask: the mask holds run-time values"),
+    Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
+    Refusal({"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"),
+    Refusal({"window.form": "chunks", "dynamic": "mark"}, "window", "operands: the keys that the logits see"),
+    Refusal({"selected.form": "gather", "selected.best": "argsort"}, "selected", "duplicates: "),
+    Refusal({"selected.form": "gather", "selected.best": "sort"}, "selected", "gradient: a query may see no key"),
+    Refusal({"selected.form": "gather", "selected.gather": "embedding"}, "selected", "operands: the keys that the logits see"),
+    Refusal({"*.product": "sdpa", "dynamic": "mark"}, "selected", "operands: the keys that the logits see"),
+    Refusal({"*.product": "sdpa", "dynamic": "all"}, "selected", "shape: the head dimension is dynamic"),
+    Refusal({"dynamic": "all"}, "window", "operands: the keys that the logits see"),
+    Refusal({"dynamic": "all"}, "compressed", "operands: the keys that the logits see"),
+)
+
+
+def may_refuse(model: Model) -> tuple[str, ...]:
+    """The branches of `model` that may be refused."""
+    return tuple(branch for branch in model.branches if any(row.holds(model, branch) for row in REFUSALS))
