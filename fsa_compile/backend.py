@@ -25,8 +25,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fsa_compile
 from fsa_compile import options as options_
+from fsa_compile.checked import Check, CheckedCall
 from fsa_compile.journal import Journal, Session, Trace
 from fsa_compile.options import Options
+from fsa_compile.passes import dynamo_graph as dg
+from fsa_compile.passes.buffers import Buffers
 from fsa_compile.report import GraphReport, Report
 
 logger = logging.getLogger("fsa_compile")
@@ -71,6 +74,7 @@ def fsa(
 
     session = _journal.session(caller)
     trace = _trace()
+    buffers: Buffers | None = None
     notes = list(_graph_break(gm))
     if patches and parsed.inner != "inductor":
         notes.append(f"Inductor's options have no effect with inner={parsed.inner!r}: {', '.join(sorted(patches))}")
@@ -78,10 +82,17 @@ def fsa(
         notes.append("FSA_DISABLE is set: every graph went to the inner compiler untouched")
         graphs: tuple[GraphReport, ...] = (GraphReport(session.begin(trace), nodes=_size(gm)),)
     else:
-        graphs = _analyse(gm, parsed, name=session.begin(trace), rewrite=True)
+        graphs, buffers = _analyse(gm, example_inputs, parsed, name=session.begin(trace), rewrite=True)
     session.add(trace, graphs, notes)
     _announce(graphs, notes, parsed)
-    return _hand_over(gm, example_inputs, parsed, patches, kwargs)
+    compiled = _hand_over(gm, example_inputs, parsed, patches, kwargs)
+    if buffers is None or not buffers.relied:
+        return compiled
+
+    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _hand_over(graph, inputs, parsed, patches, kwargs)
+
+    return _checked(compiled, buffers, example_inputs, session, inner)
 
 
 def _reset() -> None:
@@ -128,7 +139,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     def analyse(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         trace = _trace()
-        session.add(trace, _analyse(gm, parsed, name=session.begin(trace), rewrite=False), _graph_break(gm))
+        graphs, _ = _analyse(gm, example_inputs, parsed, name=session.begin(trace), rewrite=False)
+        session.add(trace, graphs, _graph_break(gm))
         return gm.forward
 
     model = torch._dynamo.eval_frame.innermost_fn(getattr(model, "_orig_mod", model))
@@ -142,14 +154,21 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return report
 
 
-def _analyse(gm: torch.fx.GraphModule, options: Options, *, name: str, rewrite: bool) -> tuple[GraphReport, ...]:
-    """Run the passes; a fault of ours leaves the graph as it was and becomes a note, or is raised under `strict`."""
+def _analyse(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, name: str, rewrite: bool
+) -> tuple[tuple[GraphReport, ...], Buffers | None]:
+    """Run the passes; a fault of ours leaves the graph as it was and becomes a note, or is raised under `strict`.
+
+    Returns:
+        The reports, and which buffers the rewrites rely on.
+    """
     before = _fingerprint(gm)
     size = _size(gm)
     try:
         from fsa_compile.passes.pipeline import analyse_and_rewrite
 
-        return analyse_and_rewrite(gm, options, name=name, rewrite=rewrite)
+        buffers = Buffers(gm, example_inputs)
+        return analyse_and_rewrite(gm, options, name=name, rewrite=rewrite, buffers=buffers), buffers
     except Exception as error:
         if options.strict:
             raise
@@ -157,7 +176,7 @@ def _analyse(gm: torch.fx.GraphModule, options: Options, *, name: str, rewrite: 
             raise RuntimeError("fsa_compile failed while changing the graph, which must not run now") from error
         logger.warning("internal error, the graph is compiled unchanged", exc_info=True)
         text = f"internal error, the graph is compiled unchanged: {type(error).__name__}: {error}"
-        return (GraphReport(name, nodes=size, notes=(text, 'options={"strict": True} raises internal errors')),)
+        return (GraphReport(name, nodes=size, notes=(text, 'options={"strict": True} raises internal errors')),), None
 
 
 def _hand_over(
@@ -175,6 +194,31 @@ def _hand_over(
     return compile_fx.compile_fx(
         gm, example_inputs, config_patches={**patches, "joint_custom_pre_pass": CacheSalt(theirs)}, **kwargs
     )
+
+
+def _checked(
+    compiled: Callable[..., Any], buffers: Buffers, example_inputs: Sequence[Any], session: Session, inner: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`compiled`, which is right only while the buffers that it relies on keep their value, with a check of that."""
+    checks = [Check(b.position, b.label, b.content.value, b.tensor) for b in buffers.relied.values()]
+
+    def changed(labels: tuple[str, ...]) -> None:
+        text = f"{', '.join(labels)} changed after the compilation, which relied on it: the graph runs as it was written"
+        logger.warning(text)
+        session.add(None, (), (text,))
+
+    graph = buffers.original
+    assert graph is not None
+
+    def as_written(*args: Any) -> Any:
+        return graph(*args)
+
+    # Dynamo traces the kept graph again (a graph module that it made it would not: hence the function). Graphs that hold
+    # symbolic sizes, calls that take functions, or switches of a mode run as they stand: it may not take those twice.
+    symbolic = any(isinstance(t, torch.SymInt) for t in example_inputs)
+    special = symbolic or any(dg.is_higher_order(n) or dg.switches_mode(n) for n in graph.graph.nodes)
+    original = as_written if special else torch.compile(as_written, backend=inner)
+    return CheckedCall(compiled, original, checks, changed)
 
 
 class CacheSalt(CustomGraphPass):

@@ -39,7 +39,7 @@ class ReasonKind(str, enum.Enum):
     MASK = "mask"
     """The visibility is none of the known rules; see `Site.counterexample`."""
     RUNTIME_MASK = "runtime_mask"
-    """The mask is an input or a buffer: its values are unknown when compiling."""
+    """The mask holds values that are unknown when compiling (padding, packed documents, an argument), or no known rule."""
     FILL = "fill"
     """Masked logits get a finite value that leaks probability."""
     OPERANDS = "operands"

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..registry.pattern import Candidate, Pattern
 from ..report import Proof, ReasonKind
-from . import expr as x
+from . import runtime_mask
 from .attention_form import AttentionForm
 from .evaluate import DataDependent
 from .form_view import FormView
@@ -65,14 +65,13 @@ def classify(
     if p:
         raise Refusal(ReasonKind.DROPOUT, f"dropout with p = {p:g} on the probabilities")
     refusals: list[Refusal] = []
-    proposed = False
-    last: FormView | None = None
+    first: FormView | None = None
     for form in lift(r, site.softmax, site.contraction, replaceable):
-        last = view = FormView(form, r)
+        view = FormView(form, r)
+        first = first or view
         for pattern in patterns:
             try:
                 for candidate in pattern.match(view):
-                    proposed = True
                     try:
                         proofs = pattern.check(view, candidate, prover)
                         more, empty = _empty_rows(view, candidate, prover, needs_grad)
@@ -83,14 +82,13 @@ def classify(
             except Refusal as refusal:  # a pattern that knows better while proposing
                 refusals.append(refusal)
             except DataDependent as unknown:
-                refusals.append(Refusal(ReasonKind.RUNTIME_MASK, _run_time(r, unknown)))
+                refusals.append(Refusal(ReasonKind.RUNTIME_MASK, f"the mask holds run-time values ({unknown.expression.op})"))
         if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
             break
-    if not proposed and not refusals and last is not None and last.data_dependent():
-        raise _unrecognised(r, last)
-    if not refusals:
-        raise Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
-    raise max(refusals, key=_telling)
+    best = max(refusals, key=_telling, default=Refusal(ReasonKind.MASK, "no registered pattern has this visibility"))
+    if first is not None and first.data_dependent() and best.reason.kind in (ReasonKind.MASK, ReasonKind.RUNTIME_MASK):
+        raise runtime_mask.unrecognised(first) or best
+    raise best
 
 
 FINAL = (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT)
@@ -111,22 +109,6 @@ def _telling(refusal: Refusal) -> tuple[int, bool, bool]:
     """How near the attempt came: a failed proof about empty rows means that everything before it held, and a rule whose
     parameters were fitted to the mask is nearer than one without."""
     return _RANK.get(refusal.reason.kind, 1), refusal.counterexample is not None, refusal.fitted
-
-
-def _run_time(r: Reader, unknown: DataDependent) -> str:
-    return f"the mask holds run-time values ({_named(unknown.expression)})"
-
-
-def _named(e: x.Expr) -> str:
-    return str(e.args[0]) if e.op in ("apply", "predicate", "load", "softmax") else e.op
-
-
-def _unrecognised(r: Reader, view: FormView) -> Refusal:
-    """Visibility depends on data, and no pattern knows how."""
-    for t in x.walk(view.form.visible):
-        if t.op in ("predicate", "compare"):
-            return Refusal(ReasonKind.RUNTIME_MASK, f"the mask holds run-time values that are no list of blocks ({_named(t)})")
-    return Refusal(ReasonKind.MASK, "the mask depends on data in a way that is no single list of blocks per query")
 
 
 def _empty_rows(

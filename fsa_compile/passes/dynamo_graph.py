@@ -180,15 +180,30 @@ def module_of(n: Node) -> str:
     return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".")
 
 
+def label_of(n: Node) -> str:
+    """What the user calls a node: ``"self.attn.mask"`` for an input, its name for what is computed."""
+    source = getattr(n.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", n.name)
+    text = str(name() if callable(name) else name)
+    text = re.sub(r"^[LG]\['(\w+)'\]", r"\1", text)
+    text = re.sub(r"\._(?:modules|buffers|parameters)\['([^']+)'\]", r".\1", text)
+    return re.sub(r"\.(\d+)", r"[\1]", text)
+
+
 def bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
     """Graph modules that stay part of the program: bodies of checkpoints. Other higher-order calls are barriers."""
+    for call, k in body_calls(gm):
+        attribute = str(call.args[k].target)  # type: ignore[union-attr]
+        yield attribute, getattr(gm, attribute)
+
+
+def body_calls(gm: GraphModule) -> Iterator[tuple[Node, int]]:
+    """The calls of checkpoints, each with the position of its body among the arguments; the body's own arguments follow."""
     for n in gm.graph.nodes:
         if n.op == "call_function" and is_higher_order(n) and "checkpoint" in str(n.target):
-            for a in n.args:
-                if isinstance(a, Node) and a.op == "get_attr":
-                    body = getattr(gm, str(a.target), None)
-                    if isinstance(body, GraphModule):
-                        yield str(a.target), body
+            for k, a in enumerate(n.args):
+                if isinstance(a, Node) and a.op == "get_attr" and isinstance(getattr(gm, str(a.target), None), GraphModule):
+                    yield n, k
 
 
 def ancestors(nodes: Iterable[Node], stop: frozenset[Node] | set[Node]) -> set[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ..registry.pattern import Pattern
 from ..registry.registry import patterns as registered
 from ..report import GraphReport, Reason, ReasonKind, Site, Verdict
 from . import dynamo_graph as dg
+from .buffers import Buffers
 from .classify import Match, classify
 from .legality import Placement, needs_grad, place
 from .profit import weigh
@@ -41,7 +43,9 @@ class _Clock:
         self._start = now
 
 
-def analyse_and_rewrite(gm: GraphModule, options: Options, *, name: str, rewrite: bool = True) -> tuple[GraphReport, ...]:
+def analyse_and_rewrite(
+    gm: GraphModule, options: Options, *, name: str, rewrite: bool = True, buffers: Buffers | None = None
+) -> tuple[GraphReport, ...]:
     """Analyse a Dynamo graph and the checkpoint bodies in it, and put the ops in.
 
     Args:
@@ -49,6 +53,7 @@ def analyse_and_rewrite(gm: GraphModule, options: Options, *, name: str, rewrite
         options: What may be done.
         name: What reports call the graph.
         rewrite: False to analyse only.
+        buffers: The inputs whose value may be read; it learns which of them the rewrites rely on.
 
     Returns:
         One report per graph body. A fault of ours before the rewrite leaves the body as it was and is reported.
@@ -56,23 +61,28 @@ def analyse_and_rewrite(gm: GraphModule, options: Options, *, name: str, rewrite
     Raises:
         Exception: Any fault of ours, under ``options.strict``.
     """
-    reports = [_one_body(gm, options, name, rewrite)]
+    buffers = Buffers(gm, ()) if buffers is None else buffers
+    reports = [_one_body(gm, options, name, rewrite, buffers)]
     for attribute, body in dg.bodies(gm):
-        reports += analyse_and_rewrite(body, options, name=f"{name} / {attribute}", rewrite=rewrite)
+        reports += analyse_and_rewrite(body, options, name=f"{name} / {attribute}", rewrite=rewrite, buffers=buffers)
     return tuple(reports)
 
 
-def _one_body(gm: GraphModule, options: Options, name: str, rewrite: bool) -> GraphReport:
+def _one_body(gm: GraphModule, options: Options, name: str, rewrite: bool, buffers: Buffers) -> GraphReport:
     nodes = sum(map(dg.is_call, gm.graph.nodes))
     clock = _Clock()
     notes = _notes(gm)
     try:
-        judged, reader = _analyse(gm, options, clock)
+        judged, reader = _analyse(gm, options, clock, buffers)
     except Exception as fault:
         if options.strict:
             raise
         notes.append(f"fsa_compile failed and left the graph as it was: {type(fault).__name__}: {fault}")
         return GraphReport(name, nodes, notes=tuple(notes), seconds=clock.seconds)
+    if reader is not None and reader.relied and any(j.match is not None for j in judged):
+        buffers.rely_on(reader.relied.values())
+        labels = ", ".join(sorted({b.label for b in reader.relied.values()}))
+        notes.append(f"relies on the value of {labels}, which is checked at each call")
     # From here on the graph changes; a fault that does not undo itself must reach the caller.
     sites = _rewrite(gm, reader, judged, options) if rewrite and reader is not None else [j.site for j in judged]
     clock.lap("rewrite")
@@ -88,12 +98,12 @@ class _Judged:
     placement: Placement | None = None
 
 
-def _analyse(gm: GraphModule, options: Options, clock: _Clock) -> tuple[list[_Judged], Reader | None]:
+def _analyse(gm: GraphModule, options: Options, clock: _Clock, buffers: Buffers) -> tuple[list[_Judged], Reader | None]:
     shadow = trace(gm)
     clock.lap("shadow")
     if shadow is None:
         return [], None
-    reader = Reader(shadow.graph_module)
+    reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow))
     prover = Prover(reader, options.proof_seconds)
     candidates = [p for p in registered() if not _disabled(p.name, options)]
     sites = list(find_sites(reader))
@@ -221,6 +231,16 @@ def _dynamo_node(shadow: Shadow, n: Node) -> Node | None:
                 seen.add(u)
                 todo.append(u)
     return None
+
+
+def _place(shadow: Shadow, name: str) -> tuple[str, str | None]:
+    """What the user calls a shadow node, and the line where it is made; of an input, the line where it is used first."""
+    node = next((n for n in shadow.graph_module.graph.nodes if n.name == name), None)
+    made = _dynamo_node(shadow, node) if node is not None else None
+    if made is None:
+        return name, None
+    lines = (dg.source_of(n) for n in ([made] if dg.is_call(made) else made.users))
+    return dg.label_of(made), next((line for line in lines if line != "?"), None)
 
 
 def _notes(gm: GraphModule) -> list[str]:

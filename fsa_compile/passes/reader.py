@@ -13,8 +13,9 @@ Leaves are sound; they only prove less. To add an op, add a rule to a module of 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from . import expr as x
 from . import handmade
+from .buffers import Buffer
 from .expr import Expr
 from .nodes import axis, dtype, exact, holds, is_real, is_tensor, literal, op_name, rank, rounded
 from .sizes import Sizes
@@ -124,10 +126,24 @@ class Step:
 
 
 class Reader:
-    """Reads one shadow graph; answers are memoised."""
+    """Reads one shadow graph; answers are memoised.
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    Args:
+        graph_module: The graph.
+        buffers: By the name of a placeholder: the buffer that it is, whose value may be read.
+        place: From the name of a node to what the user calls it, and to the line where it stands.
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        buffers: Mapping[str, Buffer] = MappingProxyType({}),
+        place: Callable[[str], tuple[str, str | None]] = lambda name: (name, None),
+    ) -> None:
         self.graph_module = graph_module
+        self.buffers, self.place = buffers, place
+        self.relied: dict[str, Buffer] = {}
+        """The buffers whose value was read: what is concluded holds only for it."""
         self.sizes = Sizes()
         self.nodes = {n.name: n for n in graph_module.graph.nodes}
         self.operands: dict[Expr, tuple[tuple[Node | None, Coords], ...]] = {}
@@ -204,6 +220,11 @@ class Reader:
                 r = self._settle(r, n, coords, mode)
             if r is not None and exact(r, dtype(n)):
                 return r
+        if n.name in self.buffers and not (is_real(n) and mode is Mode.OPERAND):
+            form = self.buffers[n.name].content.form
+            if form is not None:
+                self.relied[n.name] = self.buffers[n.name]
+                return form.at(coords)
         if name:
             self.unread[name] = self.unread.get(name, 0) + 1
         if n.op == "get_attr":
