@@ -6,11 +6,11 @@ same values and gives the same gradients: operands exist and are not written in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..report import ReasonKind
 from . import dynamo_graph as dg
@@ -66,11 +66,17 @@ class Placement:
     data: dict[str, Node]
 
 
+    def in_copy(self, counterpart: Mapping[Node, Node]) -> Placement:
+        """The same place in a repetition of the part of the graph (`parts.Repeated.copies`)."""
+        output, q, k, v = (counterpart[n] for n in (self.output, self.q, self.k, self.v))
+        return Placement(output, q, k, v, self.blocks, {name: counterpart[n] for name, n in self.data.items()})
+
+
 def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
-    """The Dynamo nodes of a match, if it is legal to replace them.
+    """The Dynamo nodes of a match. `Surroundings.allow` says whether it is legal to replace them.
 
     Raises:
-        Refusal: If it is not.
+        Refusal: If there are none.
     """
     form = match.form
 
@@ -82,14 +88,6 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
     q, k, v = (first(o.node) for o in (form.q, form.k, form.v))
     blocks = tuple(_list_tensors(r, shadow, match))
     data = {name: _holder(r, shadow, name) for name in sorted(_data_names(blocks))}
-    order = {n: p for p, n in enumerate(output.graph.nodes)}
-    for n in (q, k, v, *data.values()):
-        if order[n] >= order[output]:
-            raise Refusal(ReasonKind.OPERANDS, f"{n.name} is computed after the attention that needs it", source=dg.source_of(n))
-    _not_written(output, (q, k, v, *data.values()), order)
-    path = _between((q, k, v), output)
-    _one_grad_mode(output, path)
-    _no_hooks(path)
     return Placement(output, q, k, v, blocks, data)
 
 
@@ -204,15 +202,43 @@ def _holder(r: Reader, shadow: Shadow, name: str) -> Node:
     return shadow.standing_for[n][0]
 
 
-def _not_written(output: Node, operands: Iterable[Node], order: dict[Node, int]) -> None:
-    """The shadow map knows final values: a write is fine before the op, and wrong after it."""
-    written = dg.written_storages(output.graph.nodes)
-    for n in (output, *operands):
-        writer = written.get(dg.storage(n) or -1)
-        if writer is not None and (order[writer] > order[output] or n is output):
-            raise Refusal(
-                ReasonKind.MUTATION, f"{n.name} is written in place by {dg.target_name(writer)}", source=dg.source_of(writer)
-            )
+class Surroundings:
+    """What of the graph around the sites decides whether they may be replaced.
+
+    Args:
+        graph: The Dynamo graph, before any rewrite.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {n: p for p, n in enumerate(graph.nodes)}
+        self.written = dg.written_storages(graph.nodes)
+        self.modes = _grad_modes(graph)
+
+    def allow(self, placement: Placement) -> None:
+        """Whether the op may stand in `placement`.
+
+        Raises:
+            Refusal: If not.
+        """
+        output, operands = placement.output, (placement.q, placement.k, placement.v)
+        for n in (*operands, *placement.data.values()):
+            if self.order[n] >= self.order[output]:
+                text = f"{n.name} is computed after the attention that needs it"
+                raise Refusal(ReasonKind.OPERANDS, text, source=dg.source_of(n))
+        self._not_written(output, (*operands, *placement.data.values()))
+        path = _between(operands, output)
+        for n in sorted(path, key=self.order.__getitem__):
+            if self.modes[n] != self.modes[output]:
+                raise Refusal(ReasonKind.GRADIENT, "the attention is computed partly without gradients", source=dg.source_of(n))
+        _no_hooks(path)
+
+    def _not_written(self, output: Node, operands: Iterable[Node]) -> None:
+        """The shadow map knows final values: a write is fine before the op, and wrong after it."""
+        for n in (output, *operands):
+            writer = self.written.get(dg.storage(n) or -1)
+            if writer is not None and (self.order[writer] > self.order[output] or n is output):
+                text = f"{n.name} is written in place by {dg.target_name(writer)}"
+                raise Refusal(ReasonKind.MUTATION, text, source=dg.source_of(writer))
 
 
 def _between(operands: tuple[Node, ...], output: Node) -> set[Node]:
@@ -239,19 +265,18 @@ def _is_real(n: Node) -> bool:
     return not isinstance(v, torch.Tensor) or v.is_floating_point()
 
 
-def _one_grad_mode(output: Node, path: set[Node]) -> None:
+def _grad_modes(graph: Graph) -> dict[Node, object]:
+    """For each node: the grad mode, and how deep it is in inference mode."""
     grad: object = None
     inference = 0
     modes: dict[Node, object] = {}
-    for n in output.graph.nodes:
+    for n in graph.nodes:
         name = dg.target_name(n)
         if name == "_set_grad_enabled":
             grad = n.args[0]
         inference += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
         modes[n] = (grad, inference)
-    for n, mode in modes.items():
-        if n in path and mode != modes[output]:
-            raise Refusal(ReasonKind.GRADIENT, "the attention is computed partly without gradients", source=dg.source_of(n))
+    return modes
 
 
 def _no_hooks(path: set[Node]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
@@ -27,6 +28,9 @@ from .reader import Reader
 from .refusal import Refusal
 
 _RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
+
+
+Inspect = Callable[[Sequence[Node], Node], None]
 
 
 class Emission(Exception):
@@ -50,16 +54,24 @@ class Rewriter:
         self.tracer = GraphAppendingTracer(graph)
         self.replaced: dict[Node, Node] = {}
 
-    def rewrite(self, match: Match, placement: Placement) -> None:
+    def rewrite(self, match: Match, placement: Placement, inspect: Inspect | None = None) -> None:
         """Replaces one site.
 
+        Args:
+            match: What it is.
+            placement: Where it is.
+            inspect: Called with the new nodes and the one that takes the place of the output, before it does.
+
         Raises:
-            Emission: If the new nodes could not be made; they are gone again.
+            Emission: If the new nodes could not be made, or `inspect` raised; they are gone again.
         """
         last = placement.output.prev
         try:
             with self.graph.inserting_before(placement.output):
                 new = self._emit(match, placement)
+            if inspect is not None:
+                nodes = list(self.graph.nodes)
+                inspect(nodes[nodes.index(last) + 1 : nodes.index(placement.output)], new)
         except Exception as cause:
             while placement.output.prev is not last:
                 self.graph.erase_node(placement.output.prev)
@@ -109,8 +121,7 @@ class Rewriter:
         if value.dtype != dtype:
             out = out.to(value.dtype)
         shape = [sizes(s) for s in self.r.shape(self.r.nodes[form.output])]
-        out = form.output_layout.from_canonical(out, (b, hq, n, dv), shape)
-        return out.node
+        return _in_memory_like(value, form.output_layout.from_canonical(out, (b, hq, n, dv), shape)).node
 
     def _block_list(self, placement: Placement, sizes: _SizeValues) -> Any:
         """The ``(b, hkv or hq, n, t)`` block numbers, -1 where a slot does not count."""
@@ -187,6 +198,28 @@ def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> A
     if match.empty_value == "nan":
         fill = fill * torch.where(empty, float("nan"), 0.0).to(operand_dtype(match))
     return torch.where(empty, fill, out)
+
+
+def _in_memory_like(value: torch.Tensor, out: Any) -> Any:
+    """`out` with the strides of the tensor that it replaces: the user's code goes on with views that need them."""
+    left = [d for d in range(value.dim()) if not (isinstance(value.shape[d], int) and value.shape[d] == 1)]
+    extent, order = sympy.Integer(1), []
+    while left:
+        d = next((d for d in left if _number(value.stride(d)) == extent), None)
+        if d is None:  # an expanded tensor has no order; nothing can view it that could not view `out`
+            return out
+        order.insert(0, d)
+        left.remove(d)
+        extent *= _number(value.shape[d])
+    order = [d for d in range(value.dim()) if d not in order] + order
+    if order == sorted(order):
+        return out.contiguous()
+    return out.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])
+
+
+def _number(s: int | torch.SymInt) -> sympy.Expr:
+    """A size or stride as an expression, to compare without a guard."""
+    return s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s)
 
 
 class _SizeValues:

@@ -4,8 +4,8 @@ The Dynamo graph is run again under ``FunctionalTensorMode(pre_dispatch=True, ex
 fake values, every intermediate returned. What comes out keeps ``softmax``, ``matmul``, ``einsum`` and ``topk`` whole and
 has no in-place writes left. A map leads from Dynamo nodes to shadow nodes.
 
-Tracing costs about 1.5 ms a node, more than lifting and proving together. So only the part around attention is traced:
-what is below the softmaxes, and what they feed, both cut at linear layers, convolutions and norms.
+Tracing costs about 1.5 ms a node, more than lifting and proving together. So only what lies around attention is traced, and
+of equal layers only the first (`parts`).
 
 Note [The examples' fake mode]: the trace must run in the fake mode of the placeholders' ``example_value``, outside of any
 tracing context; the context's own fake mode is another one, and mixing them fails.
@@ -74,54 +74,10 @@ class Shadow:
     standing_for: dict[Node, tuple[Node, ...]]
 
 
-def attention_slice(gm: GraphModule) -> tuple[list[Node], list[Node]]:
-    """The nodes to trace, in order, and their inputs.
-
-    Returns:
-        ``(inside, inputs)``; both empty if the graph holds nothing that looks like attention.
-    """
-    transformed = dg.transformed(gm)
-    seeds = [n for n in gm.graph.nodes if dg.target_name(n) in dg.SOFTMAX_TARGETS and n not in transformed]
-    if not seeds:
-        return [], []
-    order = {n: k for k, n in enumerate(gm.graph.nodes)}
-    # A transform's body is computed on tensors that are not what they look like, by ops that must not be replaced there.
-    cuts = {n for n in gm.graph.nodes if n in transformed or _cuts(n)}
-    forward: set[Node] = set()
-    todo = list(seeds)
-    while todo:
-        n = todo.pop()
-        if n in forward or n in cuts or n.op == "output":
-            continue
-        forward.add(n)
-        todo.extend(n.users)
-    written: dict[int, list[Node]] = {}
-    for n in gm.graph.nodes:
-        for a in dg.written_by(n) if n not in cuts else ():
-            s = dg.storage(a)
-            if s is not None:
-                written.setdefault(s, []).append(n)
-    wanted = dg.ancestors(forward, cuts)
-    while True:  # a write into something wanted is wanted, with what it writes
-        more = {w for n in wanted for w in written.get(dg.storage(n) or -1, ())} - wanted
-        if not more:
-            break
-        wanted |= dg.ancestors(more, cuts)
-    inside = [n for n in gm.graph.nodes if n not in cuts and (n in wanted and dg.is_call(n) or dg.switches_mode(n))]
-    needed = {a for n in inside for a in dg.inputs(n)} - set(inside)
-    return inside, sorted(needed, key=order.__getitem__)
-
-
-def _cuts(n: Node) -> bool:
-    if n.op in ("placeholder", "get_attr", "output"):
-        return True
-    return dg.is_higher_order(n) and not dg.is_flex(n) or (dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor))
-
-
 class _Recorder(fx.Interpreter):
     """Runs a slice of the Dynamo graph and remembers every tensor it makes."""
 
-    def __init__(self, gm: GraphModule, inside: list[Node], inputs: list[Node]) -> None:
+    def __init__(self, gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.inside, self.inputs = inside, inputs
         self.made: list[tuple[Node, torch.Tensor]] = []
@@ -166,15 +122,14 @@ class _Recorder(fx.Interpreter):
         return tuple(t for _, t in self.made)
 
 
-def trace(gm: GraphModule) -> Shadow | None:
-    """The shadow of the attention parts of a Dynamo graph; None if it has none.
+def trace(gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> Shadow | None:
+    """The shadow of a part of a Dynamo graph; None if no tensor goes into it.
 
     Args:
         gm: The graph, whose nodes carry ``meta["example_value"]``. It is not changed.
+        inside: The calls to trace, in graph order, with all switches of modes.
+        inputs: What they depend on.
     """
-    inside, inputs = attention_slice(gm)
-    if not inside:
-        return None
     given = [_input_value(gm, n) for n in inputs]
     fake = next((t for t in tree_leaves(given) if isinstance(t, FakeTensor)), None)
     if fake is None:
@@ -199,6 +154,20 @@ def trace(gm: GraphModule) -> Shadow | None:
     for n, s in of.items():
         standing.setdefault(s, []).append(n)
     return Shadow(shadow, of, {s: tuple(ns) for s, ns in standing.items()})
+
+
+def dynamo_node(shadow: Shadow, n: Node) -> Node | None:
+    """The Dynamo node that made a shadow node, or the nearest one after it."""
+    seen, todo = {n}, [n]
+    while todo:
+        s = todo.pop(0)
+        if s in shadow.standing_for:
+            return shadow.standing_for[s][0]
+        for u in s.users:
+            if u not in seen:
+                seen.add(u)
+                todo.append(u)
+    return None
 
 
 class _Body(fx.Interpreter):

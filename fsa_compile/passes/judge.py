@@ -1,0 +1,175 @@
+"""The verdict on every attention site of a graph: which op it is, why none, or that it is left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Graph, Node
+
+from ..options import Options
+from ..registry.registry import patterns as registered
+from ..report import Proof, Reason, ReasonKind, Site, Verdict
+from . import dynamo_graph as dg
+from .buffers import Buffer, Buffers
+from .classify import Match, classify
+from .legality import Placement, Surroundings, needs_grad, place
+from .parts import Repeated
+from .profit import weigh
+from .prove import Prover
+from .reader import Reader
+from .refusal import Refusal
+from .shadow import Shadow, dynamo_node
+from .sites import SiteNodes, find_sites, unmatched_weights
+
+UNROLLED = 8
+"""From so many sites on one line of one module on, a loop is unrolled."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A site with its verdict.
+
+    Attributes:
+        site: As the report shows it.
+        node: The Dynamo node that the report names.
+        match, placement: What takes its place, and where; None if it is not to be rewritten.
+        relies_on: The buffers on whose value the verdict may rest.
+    """
+
+    site: Site
+    node: Node | None
+    match: Match | None = None
+    placement: Placement | None = None
+    relies_on: tuple[Buffer, ...] = ()
+
+    def refuse(self, reason: Reason) -> Judged:
+        """Not to be rewritten after all."""
+        return Judged(self.site.refuse(reason), self.node)
+
+
+class Judge:
+    """Judges the sites of one graph.
+
+    Args:
+        r: Reader of the shadow.
+        shadow: The shadow of the first of each group of equal parts.
+        graph: The Dynamo graph.
+        buffers: Its inputs that have a value.
+        options: What may be done, and the time for proofs.
+    """
+
+    def __init__(self, r: Reader, shadow: Shadow, graph: Graph, buffers: Buffers, options: Options) -> None:
+        self.r, self.shadow, self.buffers, self.options = r, shadow, buffers, options
+        self.surroundings = Surroundings(graph)
+        self.prover = Prover(r, options.proof_seconds)
+        self.patterns = [p for p in registered() if not _disabled(p.name, options)]
+
+    def judge(self, groups: Sequence[Repeated]) -> list[Judged]:
+        """The sites of all parts and of their repetitions, in graph order. Only the first of equal parts is analysed."""
+        sites = list(find_sites(self.r))
+        blank = [(self._blank(nodes), nodes) for nodes in sites]
+        copied = [(j, copy) for j, _ in blank for copy in _copies(j, groups)]
+        turns = Counter(_line(j.site) for j, _ in blank) + Counter(_line(_renamed(j.site, copy[j.node])) for j, copy in copied)
+        judged = list(self._judge_turns(blank, turns))
+        for nodes in unmatched_weights(self.r, sites):
+            text = "an exponential is contracted like a softmax, but is not divided by its own sum in a form that is known"
+            judged.append(self._blank(nodes).refuse(Reason(ReasonKind.NOT_ATTENTION, text)))
+        judged += [self._copy(j, copy) for j in judged for copy in _copies(j, groups)]
+        order = self.surroundings.order
+        return sorted(judged, key=lambda j: order.get(j.node, len(order)) if j.node is not None else len(order))
+
+    def _blank(self, nodes: SiteNodes) -> Judged:
+        """The site as the report names it, nothing decided yet."""
+        node = dynamo_node(self.shadow, nodes.contraction)
+        source, module = (dg.source_of(node), dg.module_of(node)) if node is not None else ("?", "")
+        name = node.name if node is not None else nodes.contraction.name
+        return Judged(Site(role="unknown", verdict=Verdict.REFUSED, source=source, node=name, module=module), node)
+
+    def _judge_turns(self, sites: Sequence[tuple[Judged, SiteNodes]], turns: Counter[tuple[str, str]]) -> Iterator[Judged]:
+        """Of an unrolled loop only the first turn is analysed, unless that can be rewritten."""
+        unrolled: dict[tuple[str, str], bool] = {}
+        for blank, nodes in sites:
+            line = _line(blank.site)
+            if not unrolled.get(line):
+                judged = self._judge(blank, nodes)
+                if line not in unrolled:
+                    unrolled[line] = turns[line] >= UNROLLED and judged.match is None
+                if not unrolled[line]:
+                    yield judged
+                    continue
+            text = f"a Python loop over queries or heads, unrolled {turns[line]} times: write it as one batched attention"
+            yield blank.refuse(Reason(ReasonKind.UNROLLED_LOOP, text))
+
+    def _judge(self, blank: Judged, nodes: SiteNodes) -> Judged:
+        """The verdict on one site."""
+        site = blank.site
+        try:
+            grad = needs_grad(self.shadow, nodes.contraction)
+            match = classify(self.r, nodes, frozenset(self.shadow.standing_for), self.patterns, self.prover, grad)
+            site = replace(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)
+            if not match.pattern.rewrites:
+                reason = Reason(ReasonKind.NOT_SPARSE, f"{match.pattern.name} attention: left to the inner compiler")
+                return replace(blank, site=replace(site, verdict=Verdict.LEFT, reason=reason))
+            placement = place(self.r, self.shadow, match)
+            self.surroundings.allow(placement)
+            weigh(self.r, match, placement, always=self.options.profit == "always")
+            site = replace(site, verdict=Verdict.REWRITTEN)
+            return Judged(site, blank.node, match, placement, tuple(self.r.relied.values()))
+        except Refusal as refusal:
+            return replace(blank, site=_refused(site, refusal))
+        except Exception as fault:
+            if self.options.strict:
+                raise
+            return replace(blank, site=site.refuse(internal(fault)))
+
+    def _copy(self, j: Judged, copy: Mapping[Node, Node]) -> Judged:
+        """The verdict on a site of a repetition, whose surroundings may differ."""
+        assert j.node is not None
+        node = copy[j.node]
+        proofs = tuple(Proof(p.obligation, f"same as {j.site.node}", 0.0) for p in j.site.proofs)
+        site = replace(_renamed(j.site, node), proofs=proofs)
+        if j.match is None or j.placement is None:
+            return Judged(site, node)
+        placement = j.placement.in_copy(copy)
+        try:
+            self.surroundings.allow(placement)
+        except Refusal as refusal:
+            return Judged(_refused(site, refusal), node)
+        held = (self.buffers.of(there) for here, there in copy.items() if self.buffers.of(here) in j.relies_on)
+        return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None))
+
+
+def internal(fault: Exception) -> Reason:
+    """The reason for a fault of ours."""
+    return Reason(ReasonKind.INTERNAL, f"fault of fsa_compile: {type(fault).__name__}: {fault}")
+
+
+def _refused(site: Site, refusal: Refusal) -> Site:
+    reason = refusal.reason if refusal.reason.source else replace(refusal.reason, source=site.source)
+    return replace(site.refuse(reason), counterexample=refusal.counterexample)
+
+
+def _disabled(name: str, options: Options) -> bool:
+    return name in options.disable or bool(options.only) and name not in options.only
+
+
+def _copies(j: Judged, groups: Sequence[Repeated]) -> tuple[Mapping[Node, Node], ...]:
+    """The repetitions of the part that a site is in."""
+    return next((g.copies for g in groups if j.node in g.part.own), ())
+
+
+def _renamed(site: Site, node: Node) -> Site:
+    return replace(site, node=node.name, module=dg.module_of(node), source=dg.source_of(node))
+
+
+def _line(site: Site) -> tuple[str, str]:
+    return site.source, site.module
+
+
+def _parameters(match: Match) -> dict[str, object]:
+    form = match.form
+    shared = {"scale": form.scale, "heads": form.groups * form.kv_heads, "kv_heads": form.kv_heads}
+    empty = {"empty_rows": match.empty_value} if match.empty_value is not None else {}
+    return {**match.candidate.parameters, **shared, **empty}

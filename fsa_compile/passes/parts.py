@@ -1,0 +1,232 @@
+"""The parts of a Dynamo graph around attention, and which of them are repetitions of another.
+
+Tracing and proving cost milliseconds a node, and a model of 32 equal layers holds the same part 32 times. Parts do not depend
+on each other's softmaxes, so each can be judged alone; and a part that is the same as another, up to the names of its nodes,
+gets the same verdict without being traced.
+
+Two parts are the same if their nodes, in graph order, have the same targets, constants, modes and source lines, values of the
+same shapes, strides, dtypes, devices, gradients and aliases, if arguments are nodes of the same rank, and if buffers among
+their inputs hold the same values. What the analysis reads of a part is nothing else; what depends on the graph around it
+(later writes, hooks) is judged for every repetition (`legality`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import dynamo_graph as dg
+from .buffers import Buffers
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What lies around some softmaxes, cut at linear layers, convolutions and norms.
+
+    Attributes:
+        nodes: The calls to trace, in graph order, without switches of modes.
+        own: Those that depend on the softmaxes. They are in no other part.
+    """
+
+    nodes: tuple[Node, ...]
+    own: frozenset[Node]
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated:
+    """A part and its repetitions.
+
+    Attributes:
+        part: The first of them.
+        copies: For each repetition: what stands in it for each node and input of the first.
+    """
+
+    part: Part
+    copies: tuple[Mapping[Node, Node], ...]
+
+
+def attention_parts(gm: GraphModule) -> list[Part]:
+    """The parts of a graph, in the order of their first own nodes; empty if nothing looks like attention."""
+    # A transform's body is computed on tensors that are not what they look like, by ops that must not be replaced there.
+    transformed = dg.transformed(gm)
+    cuts = {n for n in gm.graph.nodes if n in transformed or _cuts(n)}
+    below = _below_softmaxes(gm, cuts)
+    if not below:
+        return []
+    written = _writers(gm, cuts)
+    owns = [set(own) for own in _connected(below)]
+    wanted = [_wanted(own, cuts, written) for own in owns]
+    if sum(map(len, wanted)) > MOST_OVERLAP * len(set().union(*wanted)) or _entangled(owns, wanted):
+        owns, wanted = [set().union(*owns)], [set().union(*wanted)]
+    order = {n: k for k, n in enumerate(gm.graph.nodes)}
+    calls = [(n for n in w if dg.is_call(n) and n not in cuts and not dg.switches_mode(n)) for w in wanted]
+    return [Part(tuple(sorted(nodes, key=order.__getitem__)), frozenset(own)) for nodes, own in zip(calls, owns)]
+
+
+MOST_OVERLAP = 3
+"""Parts that share more than this (writes into one tensor by all layers, say) are one part."""
+
+
+def _entangled(owns: Sequence[set[Node]], wanted: Sequence[set[Node]]) -> bool:
+    """Whether a part depends on the softmaxes of another, through a tensor that both write into."""
+    part_of = {n: k for k, own in enumerate(owns) for n in own}
+    return any(part_of.get(n, k) != k for k, w in enumerate(wanted) for n in w)
+
+
+def _cuts(n: Node) -> bool:
+    if n.op in ("placeholder", "get_attr", "output"):
+        return True
+    if dg.is_higher_order(n):
+        return not dg.is_flex(n)
+    return dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor)
+
+
+def _below_softmaxes(gm: GraphModule, cuts: set[Node]) -> list[Node]:
+    """The softmaxes and what depends on them without a cut in between, in graph order."""
+    below: set[Node] = set()
+    for n in gm.graph.nodes:
+        if n not in cuts and (dg.target_name(n) in dg.SOFTMAX_TARGETS or any(a in below for a in n.all_input_nodes)):
+            below.add(n)
+    return [n for n in gm.graph.nodes if n in below]
+
+
+def _connected(nodes: Iterable[Node]) -> list[list[Node]]:
+    """The connected components of some nodes under "is an argument of"."""
+    nodes = list(nodes)
+    leader = {n: n for n in nodes}
+
+    def find(n: Node) -> Node:
+        while leader[n] is not n:
+            leader[n] = leader[leader[n]]
+            n = leader[n]
+        return n
+
+    for n in nodes:
+        for a in n.all_input_nodes:
+            if a in leader:
+                leader[find(n)] = find(a)
+    components: dict[Node, list[Node]] = {}
+    for n in nodes:
+        components.setdefault(find(n), []).append(n)
+    return list(components.values())
+
+
+def _writers(gm: GraphModule, cuts: set[Node]) -> dict[int, list[Node]]:
+    """For each storage: the nodes that write into it."""
+    written: dict[int, list[Node]] = {}
+    for n in gm.graph.nodes:
+        for a in dg.written_by(n) if n not in cuts else ():
+            s = dg.storage(a)
+            if s is not None:
+                written.setdefault(s, []).append(n)
+    return written
+
+
+def _wanted(own: Iterable[Node], cuts: set[Node], written: dict[int, list[Node]]) -> set[Node]:
+    """The nodes and what they depend on. A write into something wanted is wanted, with what it writes."""
+    wanted = dg.ancestors(own, cuts)
+    while True:
+        more = {w for n in wanted for w in written.get(dg.storage(n) or -1, ())} - wanted
+        if not more:
+            return wanted
+        wanted |= dg.ancestors(more, cuts)
+
+
+def repeated(gm: GraphModule, parts: Iterable[Part], buffers: Buffers) -> list[Repeated]:
+    """The parts grouped by what they are.
+
+    Args:
+        gm: Their graph.
+        parts: From `attention_parts`.
+        buffers: Which inputs have a value that may be read.
+    """
+    modes = _modes(gm)
+    alike: dict[object, list[tuple[Part, list[Node]]]] = {}
+    for part in parts:
+        lines, ranked = _description(part, modes)
+        alike.setdefault(lines, []).append((part, ranked))
+    out = []
+    for group in alike.values():
+        same: dict[object, list[tuple[Part, list[Node]]]] = {}
+        for part, ranked in group:
+            held = [buffers.of(n) for n in ranked] if len(group) > 1 else []
+            # By rank: what is a buffer here and an argument there is not the same.
+            same.setdefault(tuple(None if b is None else id(b.content) for b in held), []).append((part, ranked))
+        for (first, ranks), *others in same.values():
+            out.append(Repeated(first, tuple(dict(zip(ranks, ranked)) for _, ranked in others)))
+    return out
+
+
+def _description(part: Part, modes: Mapping[Node, object]) -> tuple[tuple[object, ...], list[Node]]:
+    """What a part is, hashable and without names; and its nodes and inputs by rank."""
+    rank: dict[Node, int] = {}
+    storages: dict[int, int] = {}
+    lines: list[object] = []
+
+    def enter(n: Node) -> int:
+        rank[n] = len(rank)
+        s = dg.storage(n)
+        alias = storages.setdefault(s, len(storages)) if s is not None else None
+        lines.append((alias, _described(dg.value(n), n)))
+        return rank[n]
+
+    def argument(a: object) -> object:
+        if isinstance(a, Node):
+            if a in rank:
+                return "%", rank[a]
+            return "input", enter(a), a.target if a.op == "get_attr" else None
+        if isinstance(a, (list, tuple)):
+            return type(a).__name__, *map(argument, a)
+        if isinstance(a, Mapping):
+            return "dict", *((k, argument(y)) for k, y in a.items())
+        if isinstance(a, slice):
+            return "slice", argument(a.start), argument(a.stop), argument(a.step)
+        return (type(a).__name__, repr(a)) if not isinstance(a, torch.Tensor) else id(a)
+
+    for n in part.nodes:
+        what = n if dg.is_flex(n) else n.target  # the functions that it captures are not compared
+        lines.append((n.op, what, argument(n.args), argument(n.kwargs), modes[n], dg.source_of(n), n in part.own))
+        enter(n)
+    return tuple(lines), list(rank)
+
+
+def _described(value: object, n: Node) -> object:
+    """A recorded value without its identity."""
+    if isinstance(value, torch.Tensor):
+        plain = value.layout is torch.strided
+        numbers = (*value.shape, *value.stride(), value.storage_offset()) if plain else value.shape
+        return type(value).__name__, value.dtype, str(value.device), value.requires_grad, tuple(map(str, numbers))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, str)):
+        return type(value).__name__, str(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(y, n) for y in value)
+    return type(value).__name__ if value is None else n  # of other things nothing is known
+
+
+def _modes(gm: GraphModule) -> dict[Node, object]:
+    """For each node: the switches of modes that are in force."""
+    grad: object = None
+    entered: list[object] = []
+    modes: dict[Node, object] = {}
+    for n in gm.graph.nodes:
+        name = dg.target_name(n)
+        if name == "_set_grad_enabled":
+            grad = n.args[0]
+        elif dg.switches_mode(n) and name.startswith("_exit"):
+            entered = entered[:-1]
+        elif dg.switches_mode(n):
+            entered = [*entered, (name, repr(n.args)) if name.startswith("_enter") else n]
+        modes[n] = grad, tuple(entered)
+    return modes
+
+
+def to_trace(gm: GraphModule, parts: Iterable[Part]) -> tuple[list[Node], list[Node]]:
+    """``(calls, inputs)``, both in graph order: the nodes of some parts with all switches of modes, and what they depend on."""
+    held = {n for part in parts for n in part.nodes}
+    needed = {a for n in held for a in dg.inputs(n)} - held
+    transformed = dg.transformed(gm)
+    calls = [n for n in gm.graph.nodes if n in held or dg.switches_mode(n) and n not in transformed]
+    return calls, [n for n in gm.graph.nodes if n in needed]

@@ -1,0 +1,171 @@
+"""Equal layers are judged once: what counts as equal, and that a layer that differs in anything is judged on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fsa_compile
+from fsa_compile.passes import shadow
+from fsa_compile.report import ReasonKind
+
+N, D = 24, 8
+
+
+class Window(nn.Module):
+    """A window of `window` keys over its own input; options make it differ in one thing from its neighbours."""
+
+    def __init__(self, window=5, scale=0.5, dtype=None, grad=True, hook=False, later=False, mask=None, causal=True):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.window, self.scale, self.dtype, self.grad, self.hook, self.later = window, scale, dtype, grad, hook, later
+        self.causal = causal
+        if mask is not None:
+            self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        q, k, v = (t[:, None].clone() for t in self.qkv(x).chunk(3, -1))
+        if self.dtype is not None:
+            q, k, v = (t.to(self.dtype) for t in (q, k, v))
+        i = torch.arange(x.shape[1])
+        far = i[:, None] - i[None, :]
+        seen = (far >= 0) & (far < self.window) if self.causal else far.abs() < self.window
+        if hasattr(self, "mask"):
+            seen = self.mask
+        with torch.set_grad_enabled(self.grad):
+            scores = (q @ k.transpose(-1, -2)) * self.scale
+        out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+        if self.hook:
+            scores.register_hook(lambda g: g * 2)
+        if self.later:
+            v.mul_(0.5)
+            out = out + v
+        return x + self.out(out[:, 0].to(x.dtype))
+
+
+def run(layers, monkeypatch, backward=True):
+    """The report, and how many nodes were traced; outputs and gradients are compared with eager."""
+    traced = []
+    original = shadow.trace
+
+    def trace(gm, inside, inputs):
+        traced.append(len(inside))
+        return original(gm, inside, inputs)
+
+    monkeypatch.setattr("fsa_compile.passes.pipeline.trace", trace)
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers)
+    x = torch.randn(2, N, D, requires_grad=backward)
+    want = model(x)
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "profit": "always", "strict": True}
+    got = torch.compile(model, backend="fsa", options=options)(x)
+    assert (got - want).norm() < 1e-5 * want.norm()
+    if backward:
+        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+        cotangent = torch.randn_like(want)
+        for a, b in zip(*(torch.autograd.grad(y, leaves, cotangent) for y in (got, want))):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+    return fsa_compile.last_report(), sum(traced)
+
+
+def test_equal_layers_are_analysed_once(monkeypatch):
+    """Six layers cost what one costs, and each is named in the report."""
+    _, one = run([Window()], monkeypatch)
+    report, six = run([Window() for _ in range(6)], monkeypatch)
+    assert six == one
+    assert report.rewritten == 6
+    assert [s.module for s in report.sites] == [str(k) for k in range(6)]
+    assert len({s.node for s in report.sites}) == 6
+    assert len({(s.role, str(s.parameters)) for s in report.sites}) == 1
+    first, *others = report.sites
+    assert all(p.method == f"same as {first.node}" for s in others for p in s.proofs)
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [{"window": 6}, {"scale": 0.25}, {"dtype": torch.float64}, {"causal": False}],
+    ids=lambda d: next(iter(d)),
+)
+def test_a_layer_that_differs_is_analysed(difference, monkeypatch):
+    """The second and fifth of six layers differ: they share one analysis, the others another."""
+    _, one = run([Window()], monkeypatch)
+    layers = [Window(**difference) if k in (1, 4) else Window() for k in range(6)]
+    report, traced = run(layers, monkeypatch)
+    assert one < traced < 3 * one
+    if "causal" in difference:  # such a window sees the future, which no op does
+        assert [s.verdict.value for s in report.sites] == [("rewritten", "refused")[k in (1, 4)] for k in range(6)]
+    else:
+        assert report.rewritten == 6
+        assert all(p.method == f"same as {report.sites[1].node}" for p in report.sites[4].proofs)
+        assert all(p.method == f"same as {report.sites[0].node}" for k in (2, 3, 5) for p in report.sites[k].proofs)
+
+
+def test_what_only_the_surroundings_tell(monkeypatch):
+    """Scores without gradient are another part; a hook on the scores of a repetition is seen; a
+    write into the values behind the attention makes another part."""
+    report, _ = run([Window(), Window(grad=False), Window(), Window(hook=True), Window()], monkeypatch)
+    kinds = [s.reason.kind if s.reason is not None else None for s in report.sites]
+    assert kinds == [None, ReasonKind.GRADIENT, None, ReasonKind.GRADIENT, None]
+    with torch.no_grad():
+        report, _ = run([Window(grad=False, later=k == 1) for k in range(3)], monkeypatch, backward=False)
+    assert [s.proofs[0].method.startswith("same") for s in report.sites] == [False, False, True]
+
+
+def test_frozen_layers_are_other_layers(monkeypatch):
+    """Whether gradients flow decides what is legal."""
+    layers = [Window() for _ in range(4)]
+    for p in layers[0].parameters():
+        p.requires_grad_(False)
+    report, _ = run(layers, monkeypatch, backward=False)
+    assert report.rewritten == 4
+    assert [p.method.startswith("same") for s in report.sites for p in s.proofs[:1]] == [False, False, True, True]
+
+
+def test_masks_in_buffers(monkeypatch):
+    """Layers whose buffers hold equal values are equal; one with other values is judged by its own."""
+    far = torch.arange(N)[:, None] - torch.arange(N)[None, :]
+    window, wider = (far >= 0) & (far < 5), (far >= 0) & (far < 6)
+    torn = window.clone()
+    torn[9, 2] = True
+    layers = [Window(mask=m.clone()) for m in (window, window, wider, torn, window)]
+    report, _ = run(layers, monkeypatch)
+    assert [s.parameters.get("window") for s in report.sites] == [5, 5, 6, None, 5]
+    assert [s.verdict.value for s in report.sites] == ["rewritten"] * 3 + ["refused", "rewritten"]
+
+
+def test_a_buffer_of_a_repetition_is_checked(monkeypatch):
+    """A later change of a buffer that was never analysed itself, because an equal one was."""
+    far = torch.arange(N)[:, None] - torch.arange(N)[None, :]
+    layers = [Window(mask=(far >= 0) & (far < 5)) for _ in range(3)]
+    model, x = nn.Sequential(*layers), torch.randn(2, N, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fsa", options={"inner": "aot_eager", "profit": "always", "strict": True})
+    compiled(x)
+    assert fsa_compile.last_report().rewritten == 3
+    layers[2].mask.fill_(True)
+    want = model(x)
+    assert (compiled(x) - want).norm() < 1e-5 * want.norm()
+
+
+def test_layers_that_write_into_one_tensor(monkeypatch):
+    """Parts that are entangled through a tensor that all of them write are analysed as one."""
+
+    class Into(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Window() for _ in range(3))
+
+        def forward(self, x):
+            out = torch.zeros(3, *x.shape)
+            for k, layer in enumerate(self.layers):
+                q, key, v = (t[:, None] for t in layer.qkv(x).chunk(3, -1))
+                i = torch.arange(x.shape[1])
+                far = i[:, None] - i[None, :]
+                scores = (q @ key.transpose(-1, -2)).masked_fill((far < 0) | (far >= 5), float("-inf"))
+                out[k] = layer.out((scores.softmax(-1) @ v)[:, 0])
+            return out.sum(0)
+
+    report, _ = run([Into()], monkeypatch)
+    assert report.rewritten == 3
