@@ -3,10 +3,10 @@
 Before each call every buffer that a rewrite relies on is compared with a copy of its value. If one has changed, the graph
 runs as the user wrote it, without sparse ops, until the value is back.
 
-On the CPU the comparison is of all elements, at each call: whatever changed them, nothing goes unseen. On an accelerator
-that would make the host wait, so there the host compares only when torch knows of a change (another tensor, or another
-version of the same one). The elements are still compared at each call, on the device: a change behind torch's back (through
-`.data`, or a kernel of one's own) fails as a device-side assertion instead of giving a wrong result.
+On the CPU the comparison is of all elements, at each call: whatever changed them, nothing goes unseen. On CUDA that would
+make the host wait, so there the host compares only when torch knows of a change (another tensor, or another version of the
+same one). The elements are still compared at each call, on the device: a change behind torch's back (through `.data`, or a
+kernel of one's own) fails as a device-side assertion instead of giving a wrong result.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def in_words(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _at_hand(t: torch.Tensor) -> bool:
-    """Whether the host can compare elements without waiting for a device."""
-    return t.device.type == "cpu"
+    """Whether the host compares elements: it does not wait for a CPU, and other devices than CUDA may have no assertions."""
+    return t.device.type != "cuda"
 
 
 def _version(t: torch.Tensor) -> int | None:

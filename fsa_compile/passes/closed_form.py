@@ -94,8 +94,10 @@ def _guesses(t: Tensor, axes: Sequence[Expr]) -> Iterator[Expr]:
 
 def _reals(t: Tensor, axes: Sequence[Expr]) -> Iterator[Expr]:
     yield from _two_values(t, axes)
+    if bool((t != t.round()).any()):
+        return
     whole = t.double()
-    if bool((whole == whole.round()).all()) and whole.abs().max() < 2**53:
+    if float(whole.abs().max()) < 2**53:
         yield from map(x.from_int, _integers(whole.long(), axes))
 
 

@@ -483,6 +483,26 @@ def test_one_copy_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fsa_compile.last_report().notes[0].startswith("self.layers[1].mask changed")
 
 
+def test_a_layer_whose_mask_is_an_argument_is_another_layer() -> None:
+    """The same code twice: the mask is a buffer in one layer and an argument in the other, which adds the buffer."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", band(LENGTH))
+            self.into = nn.Linear(DIM, DIM)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+            for mask, more in ((self.mask, other), (other, self.mask)):
+                q, k, v = self.into(q), self.into(k), self.into(v)
+                v = (q @ k.mT * SCALE).masked_fill(~mask, -INF).softmax(-1) @ v + more.sum()
+            return v
+
+    other = torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+    report = compiled_like_eager(Two(), (*inputs_for(filled), other | torch.eye(LENGTH).bool()))
+    assert [s.verdict for s in report.sites] == [Verdict.REWRITTEN, Verdict.REFUSED], why(report)
+
+
 def test_a_graph_that_relies_on_no_buffer_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that only refused and left sites read needs no check."""
     monkeypatch.setattr(fsa_compile.backend, "CheckedCall", None)
@@ -529,7 +549,7 @@ def test_words_are_equal_when_values_are(view: Callable[[Tensor], Tensor]) -> No
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors are treated like those of an accelerator, where the host must not wait for elements."""
+    """CPU tensors are treated like those on CUDA, where the host must not wait for elements."""
     monkeypatch.setattr(checked, "_at_hand", lambda t: False)
 
 
