@@ -30,6 +30,7 @@ from fsa_compile.journal import Journal, Session, Trace
 from fsa_compile.options import Options
 from fsa_compile.passes import dynamo_graph as dg
 from fsa_compile.passes.buffers import Buffers
+from fsa_compile.passes.region import Original
 from fsa_compile.report import GraphReport, Report
 
 logger = logging.getLogger("fsa_compile")
@@ -75,6 +76,7 @@ def fsa(
     session = _journal.session(caller)
     trace = _trace()
     buffers: Buffers | None = None
+    original: Original | None = None
     notes = list(_graph_break(gm))
     if patches and parsed.inner != "inductor":
         notes.append(f"Inductor's options have no effect with inner={parsed.inner!r}: {', '.join(sorted(patches))}")
@@ -82,10 +84,14 @@ def fsa(
         notes.append("FSA_DISABLE is set: every graph went to the inner compiler untouched")
         graphs: tuple[GraphReport, ...] = (GraphReport(session.begin(trace), nodes=_size(gm)),)
     else:
-        graphs, buffers = _analyse(gm, example_inputs, parsed, name=session.begin(trace), rewrite=True)
+        original = Original(gm) if parsed.verify else None
+        graphs, buffers = _analyse(gm, example_inputs, parsed, name=session.begin(trace), rewrite=True, original=original)
     session.add(trace, graphs, notes)
     _announce(graphs, notes, parsed)
+    rewritten = Original(gm) if original is not None and original.all_regions() else None
     compiled = _hand_over(gm, example_inputs, parsed, patches, kwargs)
+    if original is not None and rewritten is not None:
+        compiled = _verified(compiled, original, rewritten, graphs[0].name, parsed, session)
     if buffers is None or not buffers.relied:
         return compiled
 
@@ -155,7 +161,13 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _analyse(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, name: str, rewrite: bool
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    name: str,
+    rewrite: bool,
+    original: Original | None = None,
 ) -> tuple[tuple[GraphReport, ...], Buffers | None]:
     """Run the passes; a fault of ours leaves the graph as it was and becomes a note, or is raised under `strict`.
 
@@ -168,7 +180,7 @@ def _analyse(
         from fsa_compile.passes.pipeline import analyse_and_rewrite
 
         buffers = Buffers(gm, example_inputs)
-        return analyse_and_rewrite(gm, options, name=name, rewrite=rewrite, buffers=buffers), buffers
+        return analyse_and_rewrite(gm, options, name=name, rewrite=rewrite, buffers=buffers, original=original), buffers
     except Exception as error:
         if options.strict:
             raise
@@ -193,6 +205,21 @@ def _hand_over(
     theirs = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
     return compile_fx.compile_fx(
         gm, example_inputs, config_patches={**patches, "joint_custom_pre_pass": CacheSalt(theirs)}, **kwargs
+    )
+
+
+def _verified(
+    compiled: Callable[..., Any], original: Original, rewritten: Original, name: str, options: Options, session: Session
+) -> Callable[..., Any]:
+    """`compiled`, which is compared with eager when it is first called."""
+    from torch._inductor import config
+
+    from fsa_compile.verify import FirstCall
+
+    rewritten.forget_metadata()
+    reproducible = options.inner != "inductor" or config.fallback_random
+    return FirstCall(
+        compiled, original, rewritten.module, name, reproducible, options.strict, lambda text: session.add(None, (), (text,))
     )
 
 

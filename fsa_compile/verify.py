@@ -118,7 +118,8 @@ class FirstCall:
                 raise VerificationError(f"{self.name}: what replaces attention is not what the model computes: {'; '.join(wrong)}")
             whole = self._whole_graph(original, args, restart, tolerance({d for _, c in found for d in c.dtypes}))
         worst, site = max((c.worst, r.name) for r, c in found)
-        return f"first call compared with eager: {len(found)} sites, largest error {worst:.1e} ({site}); {whole}"
+        count = "1 site" if len(found) == 1 else f"{len(found)} sites"
+        return f"first call compared with eager: {count}, largest error {worst:.1e} ({site}); {whole}"
 
     def _sites(self, original: Original, args: Sequence[Any]) -> Iterator[tuple[Region, Comparison]]:
         with torch.no_grad():

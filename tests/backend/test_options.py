@@ -43,6 +43,8 @@ def test_no_key_of_ours_hides_one_of_inductors():
         ({"report": True}, ["option 'report'", "'full', 'off', 'summary'", "True"]),
         ({"profit": "never"}, ["option 'profit'", "'always', 'auto'", "'never'"]),
         ({"strict": 1}, ["option 'strict'", "True or False", "1"]),
+        ({"verify": "yes"}, ["option 'verify'", "True or False", "'yes'"]),
+        ({"differential": None}, ["option 'differential'", "True or False", "None"]),
         ({"disable": "selected"}, ["option 'disable'", "list of pattern names", "'selected'"]),
         ({"only": [1]}, ["option 'only'", "list of pattern names"]),
         ({"only": ["slected"]}, ["option 'only'", "'slected'", "did you mean 'selected'", "'compressed'"]),
