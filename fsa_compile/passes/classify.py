@@ -82,15 +82,16 @@ def classify(
             except Refusal as refusal:  # a pattern that knows better while proposing
                 refusals.append(refusal)
             except DataDependent as unknown:
-                refusals.append(Refusal(ReasonKind.RUNTIME_MASK, f"the mask holds run-time values ({unknown.expression.op})"))
+                refusals.append(runtime_mask.needed(view, unknown.expression))
         if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
             break
-    best = max(refusals, key=_telling, default=Refusal(ReasonKind.MASK, "no registered pattern has this visibility"))
-    if first is not None and first.data_dependent() and best.reason.kind in (ReasonKind.MASK, ReasonKind.RUNTIME_MASK):
-        raise runtime_mask.unrecognised(first) or best
-    raise best
+    best = max(refusals, key=_telling, default=None)
+    if first is not None and first.data_dependent() and (best is None or best.reason.kind in MASKS):
+        raise runtime_mask.outsider(first) or best or runtime_mask.unrecognised(first)
+    raise best or Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
 
 
+MASKS = (ReasonKind.MASK, ReasonKind.RUNTIME_MASK)
 FINAL = (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT)
 """Found after everything else was proven: another view of the same site would fail in the same way."""
 

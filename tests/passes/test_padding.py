@@ -77,6 +77,11 @@ def queries_too(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, counts: Compare = 
     return attend(q, k, v, pad[:, None, None, :] & band()).masked_fill(~pad[:, None, :, None], 0.0)
 
 
+def sequences(q: Tensor, k: Tensor, v: Tensor, counts_at_all: Tensor, counts: Compare = operator.eq) -> Tensor:
+    mask = counts(counts_at_all, True)[:, None, None, None]  # the mask of `sequences`
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask & band())
+
+
 def choose(q: Tensor, k: Tensor) -> Tensor:
     """The keys of two chosen blocks per query ``(b, h, n, n)``, the own block always."""
     pooled = k.unflatten(2, (-1, BLOCK)).mean(3)
@@ -140,6 +145,7 @@ CASES = (
     Case(additive, PAD, operator.ne, PADDING + "pad"),
     Case(for_sdpa, PAD, operator.ne, PADDING + "pad"),
     Case(lengths, LENGTHS, operator.le, PADDING + "n"),
+    Case(sequences, torch.tensor([True, False]), operator.ne, "a condition on whole sequences (counts_at_all)"),
     Case(queries_too, PAD, operator.ne, PADDING + "pad"),
     Case(selected_keys, PAD, operator.ne, PADDING + "pad"),
     Case(documents, DOCUMENTS, operator.ge, PACKED + "doc"),
