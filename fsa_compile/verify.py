@@ -113,9 +113,10 @@ class FirstCall:
         """
         with _random_numbers(args) as restart:
             found = list(self._sites(original, args))
-            wrong = [f"{r.name}: {c} (allowed: {tolerance(c.dtypes):.0e})" for r, c in found if not c.worst <= tolerance(c.dtypes)]
+            limits = [tolerance(c.dtypes) for _, c in found]
+            wrong = [f"{r.name}: {c} (allowed: {limit:.0e})" for (r, c), limit in zip(found, limits) if not c.worst <= limit]
             if wrong:
-                raise VerificationError(f"{self.name}: what replaces attention is not what the model computes: {'; '.join(wrong)}")
+                raise VerificationError(f"{self.name}: the op is not what the model computes: {'; '.join(wrong)}")
             whole = self._whole_graph(original, args, restart, tolerance({d for _, c in found for d in c.dtypes}))
         worst, site = max((c.worst, r.name) for r, c in found)
         count = "1 site" if len(found) == 1 else f"{len(found)} sites"
@@ -147,9 +148,9 @@ class FirstCall:
             again = run(self.rewritten)
             ours = max(_errors(again, eager).values(), default=0.0)
             raise VerificationError(
-                f"{self.name}: compiled and eager differ: {'; '.join(wrong)}. Each rewritten site ({sites}) agrees with eager on "
-                f"its own, and the rewritten graph, run eagerly, is off by {ours:.1e}. If that is little, the inner compiler is at "
-                "fault"
+                f"{self.name}: compiled and eager differ: {'; '.join(wrong)}. Each rewritten site ({sites}) agrees with eager "
+                f"on its own, and the rewritten graph, run eagerly, is off by {ours:.1e}. If that is little, the inner compiler "
+                "is at fault"
             )
         what = "outputs and gradients" if any(name.startswith("gradient") for name in errors) else "outputs"
         text = f"{what} of the graph within {max(errors.values(), default=0.0):.1e}"
