@@ -278,7 +278,7 @@ def test_an_internal_error_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatc
     def fail(*args: Any) -> None:
         raise ZeroDivisionError("a fault made by the test")
 
-    monkeypatch.setattr("fsa_compile.passes.pipeline.find_sites", fail)
+    monkeypatch.setattr("fsa_compile.passes.judge.find_sites", fail)
     trial = compare(subject(WindowAttention(), hidden()), strict=False)
     assert_same(trial.compiled, trial.eager)
     assert trial.report.rewritten == 0 and "a fault made by the test" in str(trial.report)
