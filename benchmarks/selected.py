@@ -3,7 +3,9 @@
     python benchmarks/selected.py [--quick] [--peer fsa=/path/to/adapter.py] [--out results.json]
 
 Every cell first checks out and dQ of a few rows against float64, then takes medians of `triton.testing.do_bench`, all contenders
-in one process on the same inputs. A peer is a Python file with ``forward(q, k, v, indices, block_size, scale) -> out``, causal
+in one process on the same inputs. TFLOP/s count the listed blocks (5/2 as much in backward), the share of the floor is theirs of
+what a matrix product reaches on the same device. Full attention does not depend on the selection: once for each length and
+group. A peer is a Python file with ``forward(q, k, v, indices, block_size, scale) -> out``, causal
 and differentiable in q, k and v; shapes are ours: q (b, hq, n, d), k and v (b, hkv, n, d), indices (b, hkv, n, t) int32, -1 none.
 """
 
@@ -167,14 +169,14 @@ def time_contender(
         return max(0, torch.cuda.max_memory_allocated() - before - results) / 2**20
 
     with torch.no_grad():
-        forward_ms = do_bench(run, warmup=10, rep=60, return_mode="median")
+        forward_ms = do_bench(run, warmup=10, rep=40, return_mode="median")
         forward_mib = growth(run, q.numel() * q.element_size() + q.numel() // HEAD_DIM * 4)
     out = run()
 
     def back() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
-    backward_ms = do_bench(back, warmup=10, rep=60, return_mode="median")
+    backward_ms = do_bench(back, warmup=10, rep=40, return_mode="median")
     backward_mib = growth(back, sum(x.numel() * x.element_size() for x in (q, k, v)))
     return {"forward_ms": forward_ms, "backward_ms": backward_ms, "forward_mib": forward_mib, "backward_mib": backward_mib}
 
@@ -190,17 +192,31 @@ def load_peer(path: str) -> Callable[..., Tensor]:
 
 
 def cells(quick: bool) -> Iterator[Cell]:
-    """Random selections everywhere; correlated and hot ones at one length, where they may differ."""
-    lengths, groups = ((8192, 65536), (1, 4, 16)) if quick else ((8192, 16384, 32768, 65536, 131072), (1, 2, 4, 8, 16))
-    for n in lengths:
-        for group in groups:
-            if n * group > 65536 * 16:
-                continue  # q, dq, dO and the float64 checks of 128k and G = 16 do not leave room for full attention
+    """Every length, group and selection; `quick` leaves out 16k and most of 32k, 128k and of blocks of 128."""
+    for n in (8192, 16384, 32768, 65536, 131072):
+        for group in (1, 2, 4, 8, 16):
             for block_size, slots in ((64, 16), (128, 8)):
-                yield Cell(n, group, block_size, slots, "random")
-                if n == 65536 and group in (1, 4) and block_size == 64:
-                    yield Cell(n, group, block_size, slots, "correlated")
-                    yield Cell(n, group, block_size, slots, "hot")
+                for selection in ("random", "correlated", "hot"):
+                    main = n in (8192, 65536) and (block_size == 64 or selection == "random")
+                    if not quick or main or (n >= 32768 and group in (1, 4) and block_size == 64 and selection == "random"):
+                        yield Cell(n, group, block_size, slots, selection)
+
+
+@functools.cache
+def matmul_tflops() -> float:
+    """What a large bfloat16 matrix product reaches here."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / do_bench(lambda: a @ b, warmup=20, rep=60, return_mode="median") / 1e9
+
+
+def rates(cell: Cell, indices: Tensor, times: dict[str, float]) -> dict[str, float]:
+    """TFLOP/s of both passes and their share of `matmul_tflops`."""
+    listed = (indices >= 0).sum().item() * cell.group * cell.block_size
+    flop = {"forward": 4 * listed * HEAD_DIM, "backward": 10 * listed * HEAD_DIM}
+    reached = {name: x / times[f"{name}_ms"] / 1e9 for name, x in flop.items()}
+    return {f"{name}_tflops": x for name, x in reached.items()} | {
+        f"{name}_of_floor": x / matmul_tflops() for name, x in reached.items()
+    }
 
 
 def measure(cell: Cell, peers: dict[str, Callable[..., Tensor]], quick: bool) -> dict:
@@ -214,18 +230,21 @@ def measure(cell: Cell, peers: dict[str, Callable[..., Tensor]], quick: bool) ->
     )
     indices = select(cell, g)
     contenders: dict[str, Callable[..., Tensor]] = {"ours": Ours.apply, **peers}
-    wanted = not quick or (cell.group == 4 and cell.block_size == 64)  # it compiles for half a minute
+    wanted = not quick  # it compiles for half a minute
     if wanted and cell.n <= FLEX_LONGEST and cell.selection == "random":
         contenders["flex"] = flex_contender(cell, indices)
     record: dict = {**asdict(cell), "name": cell.name, "times": {}, "errors": {}}
     for name, forward in contenders.items():
         try:
             record["errors"][name] = row_errors(forward, cell, q, k, v, indices, dout)
-            record["times"][name] = time_contender(forward, cell, q, k, v, indices, dout)
+            times = time_contender(forward, cell, q, k, v, indices, dout)
+            record["times"][name] = times | rates(cell, indices, times)
         except (torch.OutOfMemoryError, triton.runtime.errors.OutOfResources) as error:
             record["times"][name] = {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
         torch.cuda.empty_cache()
-    record["times"]["full"] = time_contender(full_attention, cell, q, k, v, indices, dout)
+    # 128k with 16 heads per group does not leave it room.
+    if cell.selection == "random" and cell.block_size == 64 and cell.n * cell.group <= 65536 * 16:
+        record["times"]["full"] = time_contender(full_attention, cell, q, k, v, indices, dout)
     return record
 
 
@@ -238,7 +257,8 @@ def show(record: dict) -> None:
         wrong = "".join(f" {e:.1e}" for e in record["errors"].get(name, []))
         print(
             f"{record['name']:34s} {name:6s} {x['forward_ms']:8.3f} {x['backward_ms']:8.3f} ms "
-            f"{x['forward_mib']:7.0f} {x['backward_mib']:7.0f} MiB{'   errors' + wrong if wrong else ''}",
+            f"{x['forward_mib']:7.0f} {x['backward_mib']:7.0f} MiB "
+            f"{x.get('forward_tflops', 0):4.0f} {x.get('backward_tflops', 0):4.0f} TFLOP/s{'   errors' + wrong if wrong else ''}",
             flush=True,
         )
 
@@ -246,7 +266,7 @@ def show(record: dict) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two lengths, three group sizes, one FlexAttention: two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer cells, no FlexAttention: a minute")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another implementation's adapter")
     parser.add_argument("--commit", help="what to record where there is no git checkout to ask")
     parser.add_argument("--out", type=Path, help="where the JSON goes; default benchmarks/results/selected-DATE.json")
@@ -258,7 +278,8 @@ def main() -> None:
     git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=here, capture_output=True, text=True)
     commit = args.commit or (git.stdout.strip() if git.returncode == 0 else "unknown")
     header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-              "commit": commit, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
+              "commit": commit, "matmul_tflops": matmul_tflops(),
+              "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
     print(f"{'cell':34s} {'':6s}  forward backward    scratch forward backward", flush=True)
     records = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -54,15 +55,16 @@ def compile_for(capability: int, variants: list[dict]) -> list[dict]:
 def test_kernels_compile_and_fit(capability):
     """Every variant compiles; memory stays below the limit and below the estimate that `supports` relies on."""
     rows, device = compile_for(capability, VARIANTS), launch.Device(capability, TARGETS[capability])
-    heavy = [r for r in rows if r["kernel"] in ("_partial_kernel", "_gradient_kernel")]
-    assert len(heavy) == 2 * len(VARIANTS)
-    assert {"_count_kernel", "_layout_kernel", "_fill_kernel", "_item_kernel", "_merge_kernel", "_delta_kernel",
+    heavy = [r for r in rows if r["kernel"] in ("_partial_kernel", "_dense_kernel", "_gradient_kernel")]
+    assert len(heavy) == 3 * len(VARIANTS)
+    assert {"_count_kernel", "_layout_kernel", "_fill_kernel", "_merge_kernel", "_delta_kernel",
             "_sum_entries_kernel", "_sum_items_kernel"} <= {r["kernel"] for r in rows}  # fmt: skip
     assert all(r["shared"] <= TARGETS[capability] for r in rows)
     for r in heavy:
         x, itemsize = r["variant"], 4 if r["variant"]["dtype"] == "float32" else 2
         choose, memory = {
             "_partial_kernel": (launch.forward_launch, launch.forward_shared_memory),
+            "_dense_kernel": (functools.partial(_dense_launch, x.get("slots", 16)), launch.dense_shared_memory),
             "_gradient_kernel": (launch.backward_launch, launch.backward_shared_memory),
         }[r["kernel"]]
         chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), device)
@@ -75,7 +77,7 @@ def test_kernels_compile_and_fit(capability):
         half = [r for r in heavy if r["variant"]["dtype"] != "float32"]
         assert all(r["wgmma"] and r["wide_load"] for r in half)  # Hopper's matrix units, 16-byte loads
         atomic = [r for r in half if r["kernel"] == "_gradient_kernel" and "deterministic" not in r["variant"]]
-        assert all(r["wide_red"] and not r["narrow_red"] for r in atomic)  # dQ, dK and dV are added four floats at a time
+        assert all(r["wide_red"] and not r["narrow_red"] for r in atomic)  # dK and dV are added four floats at a time
 
 
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
@@ -122,6 +124,11 @@ def _banded_choice(kernel: str, variant: dict, device: launch.Device):
         return banded_launch.dq_launch(*shape), banded_launch.dq_shared_memory
     seen_by = 512 if variant["rule"] == "window" else 4096
     return banded_launch.dkv_launch(*shape, seen_by), banded_launch.dkv_shared_memory
+
+
+def _dense_launch(slots: int, group: int, *shape):
+    """The dense kernel's launch, arguments in the order of the others."""
+    return launch.dense_launch(group, slots, *shape)
 
 
 def _dtype(name: str):

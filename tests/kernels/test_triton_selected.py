@@ -221,10 +221,11 @@ def test_slices_and_ranges_of_lanes_change_nothing(monkeypatch, deterministic):
     made = []
     build = plan.build_plan
     for module in (selected_forward, selected_backward):
-        monkeypatch.setattr(module, "build_plan", lambda *args: made.append(build(*args)) or made[-1])
-        monkeypatch.setattr(module, "PARTIAL_BYTES", 4096)
+        monkeypatch.setattr(module, "build_plan", lambda *args, **named: made.append(build(*args, **named)) or made[-1])
+        monkeypatch.setattr(module, "WHOLE_BYTES", 0)
         monkeypatch.setattr(module, "PLAN_BYTES", 6000)
-    monkeypatch.setattr(selected_backward, "DQ_BYTES", 4096)
+    monkeypatch.setattr(selected_forward, "PARTIAL_BYTES", 8192)
+    monkeypatch.setattr(selected_backward, "GRADIENT_BYTES", 8192)
     monkeypatch.setattr(selected_backward, "DKV_BYTES", 4096)
     sliced = check(q, k, v, dout, dlse, indices, 16)
     assert len(made) >= 4 and all(p.slices > 1 for p in made)
@@ -243,17 +244,18 @@ def test_deterministic_runs_agree_bit_for_bit():
     assert all(torch.equal(x, y) for x, y in zip((*first[:2], *first[2]), (*second[:2], *second[2])))
 
 
-@pytest.mark.parametrize("bin_queries", [4, 2048], ids=["bins4", "bins1"])
+@pytest.mark.parametrize("dense_queries", [0, 16])
 @pytest.mark.parametrize("stable", [False, True])
-def test_plan_holds_every_entry_once(stable, bin_queries, monkeypatch):
-    """Items of a segment name each (query, block) pair exactly once, are no longer than asked, and lie under the bound."""
-    monkeypatch.setattr(plan, "BIN_QUERIES", bin_queries)
+def test_plan_holds_every_entry_once(stable, dense_queries):
+    """Items of a segment and dense lists name each (query, block) pair exactly once; items are short and under the bound."""
     g = torch.Generator().manual_seed(15)
     indices = random_lists(g, 2, 2, 45, 5, blocks=6)
     indices[..., 2] = 0  # a hot block
     where = plan.Positions(3)
-    p = plan.build_plan(indices.to(DEVICE), range(1, 4), 6 * 8, 8, "causal", where, 16, item_queries=4, stable=stable)
-    assert (p.slices, p.capacity) == (3, 16 * 5 // 4 + 6)
+    p = plan.build_plan(
+        indices.to(DEVICE), range(1, 4), 6 * 8, 8, "causal", where, 16, 4, 2, stable=stable, dense_queries=dense_queries
+    )
+    assert (p.slices, p.capacity) == (3, 16 * 5 // 4 + 6) and (p.dense is None) == (dense_queries == 0)
     for lane in range(3):
         lists = indices.flatten(0, 1)[1 + lane].tolist()
         for index in range(p.slices):
@@ -269,7 +271,27 @@ def test_plan_holds_every_entry_once(stable, bin_queries, monkeypatch):
                 got += [(x // 5, block) for x in pairs]
             rows = range(index * 16, min(45, index * 16 + 16))
             want = {(i - index * 16, j) for i in rows for j in lists[i] if 0 <= j < 6 and j * 8 <= i + 3}
+            if dense_queries:
+                several = p.dense.count[lane, index].item()
+                blocks, members = (x[lane, index, :several].tolist() for x in (p.dense.block, p.dense.members))
+                dense = [(i, j) for j, bits in zip(blocks, members) for i in range(16) if bits >> i & 1]
+                assert 0 in blocks and all((i, j) in want for i, j in dense)
+                assert all((i, (index * 16 + i + 3) // 8) not in got for i, _ in dense)  # own blocks are always dense
+                got += dense
             assert sorted(got) == sorted(want)
+
+
+def test_long_lists_have_no_dense_blocks():
+    """Lists too long to be sorted by tiles of queries leave every block to the partials."""
+    *tensors, g = draw(17, n=6, m=160)
+    check(*tensors, random_lists(g, 1, 1, 6, 200, blocks=10), 16)
+
+
+def test_dense_blocks_alone_and_entries_alone():
+    """A hot selection leaves the partials nothing; blocks that one query in 16 lists leave the dense loop nothing."""
+    *tensors, g = draw(18, n=32, m=256)
+    check(*tensors, torch.arange(3).int().expand(1, 1, 32, 3), 16, "listed", offset=0)
+    check(*tensors, (torch.arange(32).int() % 16).view(1, 1, 32, 1), 16, "listed", offset=0)
 
 
 def test_refusals_are_sentences():

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
 CHANGING = ("first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "capacity", "n_keys", "n_blocks", "offset")
 """Arguments of the attention kernels that vary from call to call: no kernel is compiled for 1 or for multiples of 16."""
 

@@ -8,6 +8,7 @@ against the compiler in ``tests/kernels/test_triton_compile.py``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ PLAN_BYTES = 64 << 20
 """Most bytes of plan alive at once, unless one lane alone needs more."""
 PLAN_ENTRY_BYTES = 12
 """What the plan keeps per query and slot: block, rank, order."""
-PARTIAL_BYTES = 192 << 20
-"""Most bytes of forward partials alive at once."""
-DQ_BYTES = 64 << 20
-"""Most bytes of float32 dQ that backward adds to at once: near Hopper's L2 (50 MB), where the atomics are done."""
+WHOLE_BYTES = 576 << 20
+"""Bytes of partials, or of dQ per entry, up to which all goes in one launch: launches cost more where sequences are short."""
+PARTIAL_BYTES = 256 << 20
+"""Most bytes of forward partials alive at once otherwise, in two buffers."""
+GRADIENT_BYTES = 448 << 20
+"""Most bytes of dQ per entry alive at once otherwise, in two buffers: larger slices have longer work items, less dK to add."""
 DKV_BYTES = 144 << 20
 """Most bytes of float32 dK and dV alive at once, unless one key/value head alone needs more."""
 
@@ -67,15 +70,21 @@ def power_of_two(x: int, least: int = 1) -> int:
 
 
 def slice_queries(n: int, query_bytes: int, budget: int) -> int:
-    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 16, at least 16."""
-    return min(n, max(16, budget // query_bytes // 16 * 16))
+    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 64, or at least 16."""
+    most = budget // query_bytes
+    return min(n, most // 64 * 64 if most >= 64 else max(16, most // 16 * 16))
 
 
 def device_of(x: torch.Tensor) -> Device:
     """The GPU that holds `x`; an H100 where there is none (shapes are then checked, or kernels interpreted)."""
     if x.device.type != "cuda":
         return Device(90, 227 << 10)
-    properties = torch.cuda.get_device_properties(x.device)
+    return _device(x.get_device())
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
     return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
 
 
@@ -85,10 +94,19 @@ def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int,
 
 
 def backward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
-    """Upper bound of the backward kernel's shared memory in bytes: K, V, `stages` copies of Q and dO; P and dS, or dQ."""
-    return itemsize * (keys + stages * rows) * (dk + dv) + 4 * max(2 * rows * keys, rows * dk)
+    """Upper bound of the backward kernel's shared memory in bytes: K, V, one or two copies of Q and dO; P and dS, or dQ.
+
+    The third stage is that of the indices that Q and dO are loaded by.
+    """
+    return itemsize * (keys + min(stages, 2) * rows) * (dk + dv) + 4 * max(2 * rows * keys, rows * dk)
 
 
+def dense_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
+    """Upper bound of the dense kernel's shared memory in bytes: Q, `stages` copies of K and V; P on its way to a dot."""
+    return itemsize * (rows * max(dk, dv) + stages * keys * (dk + dv) + rows * keys) + 4 * rows * keys
+
+
+@functools.cache
 def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> Launch:
     """The forward kernel's parameters for `group` heads per index list.
 
@@ -104,6 +122,30 @@ def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.d
     return Launch(rows, rows // group, keys, 8 * (rows // group), 4, stages, registers)
 
 
+@functools.cache
+def dense_launch(
+    group: int, slots: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device
+) -> Launch | None:
+    """The dense kernel's parameters, or None where it does not run: lists of `slots` blocks too long to be sorted by tiles of
+    queries, or too little shared memory for its tiles.
+
+    `item_queries` are the queries that decide together which blocks are dense; `queries` of them share a program.
+    """
+    together = min(64 if group == 1 else 32, 2048 // power_of_two(slots))
+    if together < 16:
+        return None
+    dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
+    precise = dtype == torch.float32
+    rows = max(power_of_two(group), 32 if precise else 64)
+    keys = min(power_of_two(block_size, 16), 32 if precise else 64)
+    rows, keys, stages = _shrink(dense_shared_memory, dk, dv, dtype, device, group, rows, keys, 1 if precise else 2)
+    if dense_shared_memory(rows, keys, dk, dv, dtype.itemsize, stages) > device.shared_memory:
+        return None
+    queries = min(together, power_of_two(rows // group + 1) // 2)
+    return Launch(rows, queries, keys, together, 8 if rows * max(dk, dv) > 8192 else 4, stages)
+
+
+@functools.cache
 def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> Launch:
     """The backward kernel's parameters; dK and dV of a tile of keys stay in registers."""
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
@@ -116,7 +158,7 @@ def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.
     else:
         rows = 128 if wide <= 128 and keys == 64 else 64
         warps = 8 if wide > 64 and keys > 16 else 4
-        stages = 2 if device.capability < 100 else 1  # tcgen05 stages P and dS in shared memory instead
+        stages = 3 if device.capability < 100 else 1  # tcgen05 stages P and dS in shared memory instead
     rows = max(rows, power_of_two(group))
     rows, keys, stages = _shrink(backward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages)
     return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages)

@@ -26,14 +26,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DKV_BYTES, DQ_BYTES, PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, backward_launch
+from .launch import DKV_BYTES, GRADIENT_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, WHOLE_BYTES, Launch, backward_launch
 from .launch import device_of, power_of_two, slice_queries
+from .launcher import fork, join, run
 from .plan import Plan, Positions, build_plan, cut
-from .selected_forward import LOG2E
-from .items import CHANGING, last_visible, load_item, tile_mask
+from .items import CHANGING, LOG2E, last_visible, load_item, tile_mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _delta_kernel(
     dout, out, dlse, delta, do_stride_b, do_stride_h, do_stride_n, o_stride_b, o_stride_h, o_stride_n,
     dl_stride_b, dl_stride_h, dl_stride_n, hq, n,
@@ -61,11 +61,11 @@ def _gradient_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     do_stride_b, do_stride_h, do_stride_n, l_stride_b, l_stride_h, d_stride_b, d_stride_h,
-    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, scale, log2_scale, log2e,
     n_index_heads, lanes_per_kv,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, scale, log2_scale, log2e,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, DETERMINISTIC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     item = (tl.program_id(0) // PARTS) % capacity
@@ -88,9 +88,17 @@ def _gradient_kernel(
 
     row = tl.arange(0, ROWS)
     within = row // G
-    head = (index_head * G + row % G).to(tl.int64)
+    g = row % G
     c = tl.arange(0, DK_PAD)
     e = tl.arange(0, DV_PAD)
+    # Offsets inside a slice fit into 32 bits, except with huge strides.
+    first_head = (index_head * G).to(tl.int64)
+    first_query = (slice_index * slice_length).to(tl.int64)
+    q_base = q + batch * q_stride_b + first_head * q_stride_h + first_query * q_stride_n
+    do_base = dout + batch * do_stride_b + first_head * do_stride_h + first_query * do_stride_n
+    lse_base = lse + batch * l_stride_b + first_head * l_stride_h + first_query
+    delta_base = delta + batch * d_stride_b + first_head * d_stride_h + first_query
+    dq_base = dq + store.to(tl.int64) * slice_length * (T * G * PARTS * DK) + part * DK
     local_key = part * KEYS + tl.arange(0, KEYS)
     key = block * BLOCK_SIZE + local_key
     there = (key < n_keys) & (local_key < BLOCK_SIZE)
@@ -98,49 +106,47 @@ def _gradient_kernel(
     v_row = batch * v_stride_b + kv_head * v_stride_h + key.to(tl.int64) * v_stride_n
     k_tile = tl.load(k + k_row[:, None] + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
     v_tile = tl.load(v + v_row[:, None] + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
-    dk_acc = tl.zeros((KEYS, DK_PAD), tl.float32)
-    dv_acc = tl.zeros((KEYS, DV_PAD), tl.float32)
+    dk_acc = tl.zeros((DK_PAD, KEYS), tl.float32)  # transposed: P and dS are then right-hand operands, as they are stored
+    dv_acc = tl.zeros((DV_PAD, KEYS), tl.float32)
     for done in range(0, length, QUERIES):
         live = (within < QUERIES) & (done + within < length)
         pair = tl.load(entries + done + within, mask=live, other=0)
+        if WIDE:
+            pair = pair.to(tl.int64)
         local = pair // T
-        query = slice_index * slice_length + local
-        wide = query.to(tl.int64)
-        q_row = batch * q_stride_b + head * q_stride_h + wide * q_stride_n
-        do_row = batch * do_stride_b + head * do_stride_h + wide * do_stride_n
-        q_tile = tl.load(q + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
-        do_tile = tl.load(dout + do_row[:, None] + e[None, :], mask=tile_mask(live, e, DV, DV_PAD), other=0.0)
-        lse_i = tl.load(lse + batch * l_stride_b + head * l_stride_h + wide, mask=live, other=0.0) * log2e
-        delta_i = tl.load(delta + batch * d_stride_b + head * d_stride_h + wide, mask=live, other=0.0)
+        q_row = local * q_stride_n + g * q_stride_h
+        do_row = local * do_stride_n + g * do_stride_h
+        q_tile = tl.load(q_base + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
+        do_tile = tl.load(do_base + do_row[:, None] + e[None, :], mask=tile_mask(live, e, DV, DV_PAD), other=0.0)
+        lse_i = tl.load(lse_base + g * l_stride_h + local, mask=live, other=0.0) * log2e
+        delta_i = tl.load(delta_base + g * d_stride_h + local, mask=live, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale
+        query = slice_index * slice_length + local.to(tl.int32)
         last = tl.where(live, last_visible(query + shift, block, n_keys, BLOCK_SIZE, RULE), -1)
         p = tl.exp2(tl.where(key[None, :] <= last[:, None], s - lse_i[:, None], float("-inf")))
-        dv_acc += tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision="ieee")
+        dv_acc = tl.dot(tl.trans(do_tile), p.to(do_tile.dtype), dv_acc, input_precision="ieee")
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         ds = (p * (dp - delta_i[:, None])).to(q_tile.dtype)
-        dk_acc += tl.dot(tl.trans(ds), q_tile, input_precision="ieee")
+        dk_acc = tl.dot(tl.trans(q_tile), ds, dk_acc, input_precision="ieee")
         dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * scale
-        dq_mask = tile_mask(live, c, DK, DK_PAD)
-        if DETERMINISTIC:
-            slot = ((store.to(tl.int64) * slice_length * T + pair) * G + row % G) * PARTS + part
-            tl.store(dq + slot[:, None] * DK + c[None, :], dq_tile.to(dq.dtype.element_ty), mask=dq_mask)
-        else:  # dq is (lanes, G, slice_length, dk)
-            slot = (store.to(tl.int64) * G + row % G) * slice_length + local
-            tl.atomic_add(dq + slot[:, None] * DK + c[None, :], dq_tile, mask=dq_mask, sem="relaxed")
+        slot = (pair * G + g) * (PARTS * DK)  # dq is (lanes, slice_length * T, G, PARTS, dk)
+        tl.store(dq_base + slot[:, None] + c[None, :], dq_tile.to(dq.dtype.element_ty), mask=tile_mask(live, c, DK, DK_PAD))
+    dk_acc = tl.trans(dk_acc) * scale
+    dv_acc = tl.trans(dv_acc)
     if DETERMINISTIC:  # dk and dv are (lanes, capacity, block_size, d)
         d_row = (store.to(tl.int64) * capacity + item) * BLOCK_SIZE + local_key
-        tl.store(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=tile_mask(there, c, DK, DK_PAD))
+        tl.store(dk + d_row[:, None] * DK + c[None, :], dk_acc, mask=tile_mask(there, c, DK, DK_PAD))
         tl.store(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=tile_mask(there, e, DV, DV_PAD))
     else:  # dk and dv are (lanes / lanes_per_kv, m, d)
         d_row = (store // lanes_per_kv).to(tl.int64) * n_keys + key
-        tl.atomic_add(dk + d_row[:, None] * DK + c[None, :], dk_acc * scale, mask=tile_mask(there, c, DK, DK_PAD), sem="relaxed")
+        tl.atomic_add(dk + d_row[:, None] * DK + c[None, :], dk_acc, mask=tile_mask(there, c, DK, DK_PAD), sem="relaxed")
         tl.atomic_add(dv + d_row[:, None] * DV + e[None, :], dv_acc, mask=tile_mask(there, e, DV, DV_PAD), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "n_queries"])
 def _sum_entries_kernel(
-    partial, kept, dq, q_stride_b, q_stride_h, q_stride_n,
-    first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries, n_index_heads,
+    partial, kept, dq, q_stride_b, q_stride_h, q_stride_n, n_index_heads,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries,
     G: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, DK: tl.constexpr, DK_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) % G
@@ -226,7 +232,9 @@ class _Problem:
     def plan(self, lanes: range, slice_length: int, item_queries: int, stable: bool) -> Plan:
         """The work items of some lanes."""
         m, at = self.k.shape[2], self.positions
-        return build_plan(self.indices, lanes, m, self.block_size, self.rule, at, slice_length, item_queries, stable)
+        return build_plan(
+            self.indices, lanes, m, self.block_size, self.rule, at, slice_length, item_queries, self.launch.queries, stable
+        )
 
 
 def backward(
@@ -262,49 +270,59 @@ def row_delta(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None) 
     delta = torch.empty((b, hq, n), dtype=torch.float32, device=out.device)
     dv_pad = power_of_two(dv, 16)
     rows = max(1, min(power_of_two(n), 4096 // dv_pad))
-    _delta_kernel[(b * hq * -(-n // rows),)](
-        dout, out, delta if dlse is None else dlse, delta, *dout.stride()[:3], *out.stride()[:3],
-        *(delta if dlse is None else dlse).stride(), hq, n,
-        DV=dv, DV_PAD=dv_pad, ROWS=rows, HAS_DLSE=dlse is not None,
+    run(
+        _delta_kernel, b * hq * -(-n // rows), (dout, out, delta if dlse is None else dlse, delta),
+        (*dout.stride()[:3], *out.stride()[:3], *(delta if dlse is None else dlse).stride(), hq), (n,),
+        dict(DV=dv, DV_PAD=dv_pad, ROWS=rows, HAS_DLSE=dlse is not None),
     )  # fmt: skip
     return delta
 
 
 def _atomic(problem: _Problem, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> None:
-    """dQ, dK and dV by float32 atomics."""
+    """dK and dV by float32 atomics."""
     p = problem
     (_, _, n, d), (_, _, m, e), t = p.q.shape, p.v.shape, p.indices.shape[3]
-    group, lists = p.group, p.lists
-    kv_lane_bytes = -(-m * (d + e) * 4 // lists)
-    together = len(next(cut(p.lanes, kv_lane_bytes, DKV_BYTES, lists)))
-    slice_length = slice_queries(n, together * group * d * 4, DQ_BYTES)
-    by_lane = dq.view(len(p.lanes), group, n, d)
-    dq_sum = torch.empty((together, group, slice_length, d), dtype=torch.float32, device=dq.device)
-    dk_sum, dv_sum = (torch.empty((together // lists, m, x), dtype=torch.float32, device=dq.device) for x in (d, e))
+    lists, kv_lane_bytes = p.lists, -(-m * (d + e) * 4 // p.lists)
+    query_bytes = p.group * t * p.parts * d * dq.element_size()
+    budget = WHOLE_BYTES if len(p.lanes) * n * query_bytes <= WHOLE_BYTES else GRADIENT_BYTES // 2
+    # Lanes of one key/value head go together or one by one.
+    multiple = lists if n * query_bytes * lists <= budget else 1
+    together = len(next(cut(p.lanes, n * query_bytes, budget, multiple)))
+    slice_length = slice_queries(n, together * query_bytes, budget)
+    alone = together == len(p.lanes) and slice_length == n
+    shape = (together, slice_length * t, p.group, p.parts, d)
+    buffers = [torch.empty(shape, dtype=dq.dtype, device=dq.device) for _ in range(1 if alone else 2)]
+    heads = len(next(cut(p.lanes, kv_lane_bytes, DKV_BYTES, lists))) // lists
+    dk_sum, dv_sum = (torch.empty((heads, m, x), dtype=torch.float32, device=dq.device) for x in (d, e))
+    turn = 0
     for planned in cut(p.lanes, n * t * PLAN_ENTRY_BYTES, PLAN_BYTES, lists):
         plan = p.plan(planned, slice_length, p.launch.item_queries, stable=False)
-        for lanes in cut(planned, kv_lane_bytes, DKV_BYTES, lists):
+        for of_heads in cut(planned, kv_lane_bytes, DKV_BYTES, lists):
             dk_sum.zero_()
             dv_sum.zero_()
-            for begin in range(0, n, slice_length):
-                launch_gradient(p, plan, lanes, begin // slice_length, dq_sum.zero_(), dk_sum, dv_sum, deterministic=False)
-                here = by_lane[lanes.start : lanes.stop, :, begin : begin + slice_length]
-                here.copy_(dq_sum[: len(lanes), :, : here.shape[2]])
-            _store_kv(p, lanes, dk, dk_sum)
-            _store_kv(p, lanes, dv, dv_sum)
+            streams = (None,) if alone else (None, fork(dq))
+            for lanes in cut(of_heads, n * query_bytes, budget, multiple):
+                head = (lanes.start - of_heads.start) // lists
+                for index in range(plan.slices):
+                    buffer, stream = buffers[turn % len(buffers)], streams[turn % len(streams)]
+                    launch_gradient(p, plan, lanes, index, buffer, dk_sum[head:], dv_sum[head:], False, stream)
+                    launch_sum_entries(p, plan, lanes, index, buffer, dq, stream)
+                    turn += 1
+            join(streams[-1])
+            _store_kv(p, of_heads, dk, dk_sum)
+            _store_kv(p, of_heads, dv, dv_sum)
 
 
 def _deterministic(problem: _Problem, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> None:
     """The same sums in a fixed order: what atomics would add is stored per entry and per work item, then added."""
     p = problem
-    (_, hq, n, d), (_, _, m, e), t = p.q.shape, p.v.shape, p.indices.shape[3]
-    group, lists, parts, device = p.group, p.lists, p.parts, dq.device
-    blocks, d_pad = -(-m // p.block_size), power_of_two(d, 16)
+    (_, _, n, d), (_, _, m, e), t = p.q.shape, p.v.shape, p.indices.shape[3]
+    group, lists, parts, blocks, device = p.group, p.lists, p.parts, -(-m // p.block_size), dq.device
     # Items are as long as a block's average list: then there are at most twice as many as blocks, and each costs
     # block_size * (d + e) floats. The sums they go into cost as much again for each key/value head.
     lane_bytes = m * (d + e) * 4 * 3
     together = len(next(cut(p.lanes, lane_bytes, DKV_BYTES, lists)))
-    slice_length = slice_queries(n, together * group * t * parts * d * dq.element_size(), PARTIAL_BYTES)
+    slice_length = slice_queries(n, together * group * t * parts * d * dq.element_size(), GRADIENT_BYTES // 2)
     item_queries = power_of_two(-(-slice_length * t // (blocks * p.launch.queries))) * p.launch.queries
     dq_entry = torch.empty((together, slice_length * t, group, parts, d), dtype=dq.dtype, device=device)
     dk_sum, dv_sum = (torch.empty((together // lists, m, x), dtype=torch.float32, device=device) for x in (d, e))
@@ -319,12 +337,7 @@ def _deterministic(problem: _Problem, dq: torch.Tensor, dk: torch.Tensor, dv: to
             dv_sum.zero_()
             for index in range(plan.slices):
                 launch_gradient(p, plan, lanes, index, dq_entry, dk_item, dv_item, deterministic=True)
-                queries = min(slice_length, n - index * slice_length)
-                _sum_entries_kernel[(len(lanes) * queries * group,)](
-                    dq_entry, plan.kept, dq, *dq.stride()[:3], planned.start, lanes.start, index, plan.slices, slice_length,
-                    queries, hq // group, G=group, T=t, PARTS=parts, DK=d, DK_PAD=d_pad,
-                    TILE=min(power_of_two(t * parts), max(1, 4096 // d_pad)), num_warps=1,
-                )  # fmt: skip
+                launch_sum_entries(p, plan, lanes, index, dq_entry, dq)
                 for item, total in ((dk_item, dk_sum), (dv_item, dv_sum)):
                     _sum_items_kernel[(len(lanes) // lists * blocks * parts,)](
                         item, plan.item_starts, total, lanes.start - planned.start, index, plan.slices, plan.capacity, m,
@@ -350,18 +363,46 @@ def launch_gradient(
     dk: torch.Tensor,
     dv: torch.Tensor,
     deterministic: bool,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Run the work items of slice `index` into `dq`, `dk` and `dv`, whose layouts the kernel's comments give."""
     p, q, k, v, dout, launch = problem, problem.q, problem.k, problem.v, problem.dout, problem.launch
     (_, _, _, d), (_, hkv, m, e), hi, offsets = q.shape, v.shape, p.indices.shape[1], p.positions.offsets
-    _gradient_kernel[(len(lanes) * plan.capacity * p.parts,)](
-        q, k, v, dout, p.lse, p.delta, dq, dk, dv, plan.order, plan.item_starts, plan.item_block, plan.item_first,
-        plan.item_length, plan.order if offsets is None else offsets,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *p.lse.stride()[:2], *p.delta.stride()[:2],
-        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, p.positions.offset,
-        p.scale, p.scale * LOG2E, LOG2E, hi, hi // hkv,
-        G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
-        BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
-        HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic,
+    furthest = max(
+        *(plan.slice_length * x.stride(2) + p.group * x.stride(1) for x in (q, dout)),
+        plan.slice_length * plan.kept.shape[-1] * p.group * p.parts * d,
+    )
+    run(
+        _gradient_kernel, len(lanes) * plan.capacity * p.parts,
+        (q, k, v, dout, p.lse, p.delta, dq, dk, dv, plan.order, plan.item_starts, plan.item_block, plan.item_first,
+         plan.item_length, plan.order if offsets is None else offsets),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *p.lse.stride()[:2], *p.delta.stride()[:2],
+         hi, hi // hkv),
+        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks,
+         p.positions.offset, p.scale, p.scale * LOG2E, LOG2E),
+        dict(G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
+             BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
+             HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, WIDE=furthest >= 2**31),
+        stream,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+    )  # fmt: skip
+
+
+def launch_sum_entries(
+    problem: _Problem,
+    plan: Plan,
+    lanes: range,
+    index: int,
+    entries: torch.Tensor,
+    dq: torch.Tensor,
+    stream: torch.cuda.Stream | None = None,
+) -> None:
+    """Add up slice `index` of dQ (b, hq, n, dk) from `entries`, (lanes, slice_length * t, g, parts, dk)."""
+    (_, hq, n, d), t, group, parts = dq.shape, plan.kept.shape[-1], problem.group, problem.parts
+    queries, d_pad = min(plan.slice_length, n - index * plan.slice_length), power_of_two(d, 16)
+    run(
+        _sum_entries_kernel, len(lanes) * queries * group, (entries, plan.kept, dq), (*dq.stride()[:3], hq // group),
+        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, queries),
+        dict(G=group, T=t, PARTS=parts, DK=d, DK_PAD=d_pad, TILE=min(power_of_two(t * parts), max(1, 4096 // d_pad))),
+        stream, num_warps=1,
     )  # fmt: skip

@@ -20,24 +20,27 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, Launch, forward_launch, power_of_two
-from .launch import device_of, slice_queries
+from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, WHOLE_BYTES, Launch, dense_launch, device_of
+from .launch import forward_launch, power_of_two, slice_queries
+from .launcher import fork, join, run
+from .items import CHANGING, LN2, LOG2E, last_visible, load_item, tile_mask
 from .plan import Plan, Positions, build_plan, cut
-from .items import CHANGING, last_visible, load_item, tile_mask
+from .selected_dense import launch_dense
 
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
+
+SMALL = 1 << 24
+"""Elements of q below which a single launch of each kernel does without a second stream."""
 
 
 @triton.jit(do_not_specialize=list(CHANGING))
 def _partial_kernel(
     q, k, v, partial, partial_lse, order, item_starts, item_block, item_first, item_length, offsets,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale,
     n_index_heads, lanes_per_kv,
+    first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale,
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     store = tl.program_id(0) // capacity  # lane of the scratch; the plan starts at first_lane, this launch at begin_lane
     item = tl.program_id(0) % capacity
@@ -54,15 +57,18 @@ def _partial_kernel(
         shift = tl.load(offsets + batch).to(tl.int32)
     else:
         shift = offset
-    q_base = q + batch * q_stride_b
+    # Offsets inside a slice fit into 32 bits, except with huge strides.
+    q_base = q + batch * q_stride_b + (index_head * G).to(tl.int64) * q_stride_h
+    q_base += (slice_index * slice_length).to(tl.int64) * q_stride_n
     k_base = k + batch * k_stride_b + (index_head // lanes_per_kv).to(tl.int64) * k_stride_h
     v_base = v + batch * v_stride_b + (index_head // lanes_per_kv).to(tl.int64) * v_stride_h
     entries = order + segment * slice_length * T + first
-    slots = store.to(tl.int64) * slice_length * T
+    partial += store.to(tl.int64) * slice_length * T * G * DV
+    partial_lse += store.to(tl.int64) * slice_length * T * G
 
     row = tl.arange(0, ROWS)
     within = row // G
-    head = index_head * G + row % G
+    g = row % G
     c = tl.arange(0, DK_PAD)
     e = tl.arange(0, DV_PAD)
     key = block * BLOCK_SIZE + tl.arange(0, KEYS)
@@ -75,15 +81,22 @@ def _partial_kernel(
     for done in range(0, length, QUERIES):
         live = (within < QUERIES) & (done + within < length)
         pair = tl.load(entries + done + within, mask=live, other=0)
-        query = slice_index * slice_length + pair // T
-        q_row = query.to(tl.int64) * q_stride_n + head.to(tl.int64) * q_stride_h
+        local = pair // T
+        if WIDE:
+            q_row = local.to(tl.int64) * q_stride_n + g.to(tl.int64) * q_stride_h
+        else:
+            q_row = local * q_stride_n + g * q_stride_h
         q_tile = tl.load(q_base + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
-        last = last_visible(query + shift, block, n_keys, BLOCK_SIZE, RULE)
+        if MASKED:
+            last = last_visible(slice_index * slice_length + local + shift, block, n_keys, BLOCK_SIZE, RULE)
         if KEYS == BLOCK_PAD:
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale
-            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
+            if MASKED:
+                s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
             m_i = tl.max(s, 1)
-            p = tl.exp2(s - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+            if MASKED:
+                m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+            p = tl.exp2(s - m_i[:, None])
             l_i = tl.sum(p, 1)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
         else:
@@ -98,7 +111,8 @@ def _partial_kernel(
                 k_part = tl.load(k_at, mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
                 v_part = tl.load(v_at, mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
                 s = tl.dot(q_tile, tl.trans(k_part), input_precision="ieee") * log2_scale
-                s = tl.where(at[None, :] <= last[:, None], s, float("-inf"))
+                if MASKED:
+                    s = tl.where(at[None, :] <= last[:, None], s, float("-inf"))
                 m_new = tl.maximum(m_i, tl.max(s, 1))
                 m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
                 alpha = tl.exp2(m_i - m_safe)
@@ -107,8 +121,8 @@ def _partial_kernel(
                 acc = acc * alpha[:, None] + tl.dot(p.to(v_part.dtype), v_part, input_precision="ieee")
                 m_i = m_new
         l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-        acc = acc / l_safe[:, None]
-        slot = (slots + pair) * G + row % G
+        acc = acc * (1.0 / l_safe)[:, None]
+        slot = pair * G + g
         tl.store(partial + slot[:, None] * DV + e[None, :], acc.to(partial.dtype.element_ty), mask=tile_mask(live, e, DV, DV_PAD))
         tl.store(partial_lse + slot, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe)), mask=live)
 
@@ -116,8 +130,9 @@ def _partial_kernel(
 @triton.jit(do_not_specialize=["first_lane", "begin_lane", "slice_index", "n_slices", "slice_length", "n_queries"])
 def _merge_kernel(
     partial, partial_lse, kept, out, lse, o_stride_b, o_stride_h, o_stride_n, l_stride_b, l_stride_h,
-    first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries, n_index_heads,
+    n_index_heads, first_lane, begin_lane, slice_index, n_slices, slice_length, n_queries,
     G: tl.constexpr, T: tl.constexpr, T_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, T_TILE: tl.constexpr,
+    DENSE: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) % G
     local = (tl.program_id(0) // G) % n_queries
@@ -132,12 +147,23 @@ def _merge_kernel(
     entry = tl.load(blocks + t, mask=t < T, other=-1) >= 0
     lse_t = tl.load(partial_lse + (slots + t) * G + g, mask=entry, other=float("-inf"))
     m_i = tl.max(lse_t, 0)
-    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
-    l_i = tl.sum(tl.exp2(lse_t - m_i), 0)
+    lse_at = lse + batch * l_stride_b + head * l_stride_h + query
+    e = tl.arange(0, DV_PAD)
+    o_at = out + batch * o_stride_b + head * o_stride_h + query * o_stride_n + e
+    acc = tl.zeros((DV_PAD,), tl.float32)
+    if DENSE:
+        if m_i == float("-inf"):  # nothing to add to what the dense blocks gave
+            return
+        dense = tl.load(lse_at) / LN2
+        m_i = tl.maximum(m_i, dense)
+        before = tl.exp2(dense - m_i)
+        l_i = before + tl.sum(tl.exp2(lse_t - m_i), 0)
+        acc += tl.load(o_at, mask=e < DV, other=0.0).to(tl.float32) * before
+    else:
+        m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+        l_i = tl.sum(tl.exp2(lse_t - m_i), 0)
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     total = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe))
-    e = tl.arange(0, DV_PAD)
-    acc = tl.zeros((DV_PAD,), tl.float32)
     for begin in range(0, T, T_TILE):
         at = begin + tl.arange(0, T_TILE)
         some = tl.load(blocks + at, mask=at < T, other=-1) >= 0
@@ -147,9 +173,8 @@ def _merge_kernel(
         o_t = tl.load(partial + slot[:, None] * DV + e[None, :], mask=tile_mask(some, e, DV, DV_PAD), other=0.0)
         acc += tl.sum(o_t.to(tl.float32) * weight[:, None], 0)
     acc = acc / l_safe
-    o_row = out + batch * o_stride_b + head * o_stride_h + query * o_stride_n
-    tl.store(o_row + e, acc.to(out.dtype.element_ty), mask=e < DV)
-    tl.store(lse + batch * l_stride_b + head * l_stride_h + query, total * LN2)
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=e < DV)
+    tl.store(lse_at, total * LN2)
 
 
 def forward(
@@ -163,25 +188,49 @@ def forward(
     positions: Positions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention, some lanes and one slice of queries at a time; see `selected_attention_forward`."""
-    (b, hq, n, dk), (_, hkv, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
+    (b, hq, n, dk), (_, _, m, dv), (_, hi, _, t) = q.shape, v.shape, indices.shape
     out = torch.empty((b, hq, n, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, hq, n), dtype=torch.float32, device=q.device)
     if 0 in (b, hq, n, m, t):
         return out.zero_(), lse.fill_(float("-inf"))
     group = hq // hi
-    launch = forward_launch(group, block_size, dk, dv, q.dtype, device_of(q))
+    device = device_of(q)
+    launch = forward_launch(group, block_size, dk, dv, q.dtype, device)
+    dense = dense_launch(group, t, block_size, dk, dv, q.dtype, device)
     # Few lanes with many queries each rather than the reverse: a block is then loaded for more queries at a time.
     query_bytes = group * t * (dv * q.element_size() + 4)
-    together = len(next(cut(range(b * hi), n * query_bytes, PARTIAL_BYTES)))
-    slice_length = slice_queries(n, together * query_bytes, PARTIAL_BYTES)
-    partial = torch.empty((together, slice_length * t, group, dv), dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty((together, slice_length * t, group), dtype=torch.float32, device=q.device)
+    budget = WHOLE_BYTES if b * hi * n * query_bytes <= WHOLE_BYTES else PARTIAL_BYTES // 2
+    together = len(next(cut(range(b * hi), n * query_bytes, budget)))
+    slice_length = slice_queries(n, together * query_bytes, budget)
+    alone = together == b * hi and slice_length == n
+    buffers = [
+        (torch.empty((together, slice_length * t, group, dv), dtype=q.dtype, device=q.device),
+         torch.empty((together, slice_length * t, group), dtype=torch.float32, device=q.device))
+        for _ in range(1 if alone else 2)
+    ]  # fmt: skip
+    turn = 0
     for planned in cut(range(b * hi), n * t * PLAN_ENTRY_BYTES, PLAN_BYTES):
-        plan = build_plan(indices, planned, m, block_size, rule, positions, slice_length, launch.item_queries)
-        for lanes in cut(planned, n * query_bytes, PARTIAL_BYTES):
+        plan = build_plan(
+            indices, planned, m, block_size, rule, positions, slice_length, launch.item_queries, launch.queries,
+            dense_queries=dense.item_queries if dense else 0,
+        )
+        # Two streams take turns: the end of one kernel, when half of the device is idle, is the beginning of another. The
+        # host takes too long to arrange that where there is little to do.
+        side = None if alone and q.numel() < SMALL else fork(q)
+        streams = (None,) if alone else (None, side)
+        if dense is not None:
+            launch_dense(q, k, v, out, lse, plan, group, block_size, scale, rule, positions, dense, side)
+            dense_done = None if side is None else side.record_event()
+        for lanes in cut(planned, n * query_bytes, budget):
             for index in range(plan.slices):
-                launch_partial(q, k, v, partial, partial_lse, plan, lanes, index, block_size, scale, rule, positions, launch)
-                launch_merge(partial, partial_lse, out, lse, plan, lanes, index)
+                buffer, stream = buffers[turn % len(buffers)], streams[turn % len(streams)]
+                launch_partial(q, k, v, *buffer, plan, lanes, index, block_size, scale, rule, positions, launch, stream)
+                if stream is None and dense is not None and dense_done is not None:
+                    torch.cuda.current_stream(q.device).wait_event(dense_done)
+                    dense_done = None
+                launch_merge(*buffer, out, lse, plan, lanes, index, stream)
+                turn += 1
+        join(side)
     return out, lse
 
 
@@ -199,32 +248,40 @@ def launch_partial(
     rule: str,
     positions: Positions,
     launch: Launch,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Partials of slice `index`: partial (lanes, slice_length * t, g, dv), partial_lse (lanes, slice_length * t, g), base 2."""
-    (_, hq, _, dk), (_, hkv, m, dv), offsets = q.shape, v.shape, positions.offsets
-    hi = hq // partial.shape[2]
-    _partial_kernel[(len(lanes) * plan.capacity,)](
-        q, k, v, partial, partial_lse, plan.order, plan.item_starts, plan.item_block, plan.item_first, plan.item_length,
-        plan.order if offsets is None else offsets, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, positions.offset,
-        scale * LOG2E, hi, hi // hkv, G=hq // hi, T=plan.kept.shape[-1], DK=dk, DV=dv,
-        DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16), BLOCK_SIZE=block_size, BLOCK_PAD=power_of_two(block_size, 16),
-        ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+    (_, hq, _, dk), (_, hkv, m, dv), offsets, group = q.shape, v.shape, positions.offsets, partial.shape[2]
+    hi, whole = hq // group, m % block_size == 0 and block_size == power_of_two(block_size, 16)
+    run(
+        _partial_kernel, len(lanes) * plan.capacity,
+        (q, k, v, partial, partial_lse, plan.order, plan.item_starts, plan.item_block, plan.item_first, plan.item_length,
+         plan.order if offsets is None else offsets),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], hi, hi // hkv),
+        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, positions.offset,
+         scale * LOG2E),
+        dict(G=group, T=plan.kept.shape[-1], DK=dk, DV=dv, DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16),
+             BLOCK_SIZE=block_size, BLOCK_PAD=power_of_two(block_size, 16), ROWS=launch.rows, QUERIES=launch.queries,
+             KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None, MASKED=plan.dense is None or not whole,
+             WIDE=plan.slice_length * q.stride(2) + group * q.stride(1) >= 2**31),
+        stream, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
 def launch_merge(
-    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, plan: Plan, lanes: range, index: int
-) -> None:
+    partial: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, plan: Plan, lanes: range, index: int,
+    stream: torch.cuda.Stream | None = None,
+) -> None:  # fmt: skip
     """Merge the partials of slice `index` into out (b, hq, n, dv) and lse (b, hq, n), natural logarithm."""
     _, hq, n, dv = out.shape
     group, t = partial.shape[2], plan.kept.shape[-1]
     queries = min(plan.slice_length, n - index * plan.slice_length)
     dv_pad, t_pad = power_of_two(dv, 16), power_of_two(t)
     tile = min(t_pad, max(1, 4096 // dv_pad))
-    _merge_kernel[(len(lanes) * queries * group,)](
-        partial, partial_lse, plan.kept, out, lse, *out.stride()[:3], *lse.stride()[:2],
-        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, queries, hq // group,
-        G=group, T=t, T_PAD=t_pad, DV=dv, DV_PAD=dv_pad, T_TILE=tile, num_warps=1 if tile * dv_pad <= 2048 else 2,
+    run(
+        _merge_kernel, len(lanes) * queries * group, (partial, partial_lse, plan.kept, out, lse),
+        (*out.stride()[:3], *lse.stride()[:2], hq // group),
+        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, queries),
+        dict(G=group, T=t, T_PAD=t_pad, DV=dv, DV_PAD=dv_pad, T_TILE=tile, DENSE=plan.dense is not None),
+        stream, num_warps=1 if tile * dv_pad <= 2048 else 2,
     )  # fmt: skip
