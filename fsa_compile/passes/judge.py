@@ -18,7 +18,7 @@ from .legality import Placement, Surroundings, needs_grad, place
 from .parts import Repeated
 from .profit import weigh
 from .prove import Prover
-from .reader import Reader
+from .reader import Reader, Unreadable
 from .refusal import Refusal
 from .shadow import Shadow, dynamo_node
 from .sites import SiteNodes, find_sites, unmatched_weights
@@ -119,6 +119,8 @@ class Judge:
             return Judged(site, blank.node, match, placement, tuple(self.r.relied.values()))
         except Refusal as refusal:
             return replace(blank, site=_refused(site, refusal))
+        except Unreadable as fault:
+            return replace(blank, site=_refused(site, Refusal(ReasonKind.NOT_ATTENTION, f"not understood: {fault}")))
         except Exception as fault:
             if self.options.strict:
                 raise

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..report import ReasonKind
 from . import expr as x
 from .expr import Expr
-from .nodes import dtype, is_real, is_tensor, op_name
+from .nodes import dtype, is_real, is_tensor, op_name, rounded
 from .reader import Coords, Reader
 from .refusal import Refusal
 from .smt import solve
@@ -24,8 +24,8 @@ SAFE = ("scaled_dot_product_attention", "_safe_softmax", "fsa_shadow::flex_atten
 
 
 def negligible(dt: torch.dtype) -> float:
-    """A finite fill at or below this counts as -inf: -1e9, or a tenth of finfo.min where that is less (float16)."""
-    return max(-1e9, torch.finfo(dt).min / 10)
+    """A finite fill at or below this counts as -inf: -1e9 as the dtype holds it, or a tenth of finfo.min (float16)."""
+    return max(rounded(-1e9, dt), torch.finfo(dt).min / 10)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     visible, fills, additive, scale, product = _masked_product(
         logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
     )
-    if kept is not x.TRUE and not _some_visible(kept, visible, jv) and solve([], x.iff(kept, visible), 200) is not None:
+    if kept is not x.TRUE and not _keeps_what_is_visible(kept, visible, jv):
         raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
     if len(product.args[0]) != 1:
         raise Refusal(ReasonKind.LOGITS, "the logits sum over several head dimensions")
@@ -161,11 +161,22 @@ def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> N
             )
 
 
+def _keeps_what_is_visible(kept: Expr, visible: Expr, jv: Expr) -> bool:
+    """Whether a mask behind the softmax changes nothing but rows that see no key, and makes those zero: it keeps every visible
+    key, and nothing in a row without one."""
+    some = next((t for t in x.walk(kept) if _some_visible(t, visible, jv)), None)
+    if kept is some:
+        return True
+    goal = x.conj(x.implies(visible, kept), x.implies(kept, visible if some is None else x.disj(visible, some)))
+    return solve([x.implies(visible, some)] if some is not None else [], goal, 200) is None
+
+
 def _some_visible(kept: Expr, visible: Expr, jv: Expr) -> bool:
     """Whether probabilities are kept exactly in rows that see some key: ``where(mask.any(-1, keepdim=True), p, 0)``."""
     if kept.op != "exists" or kept.args[0].args[1] is not jv.args[1]:
         return False
-    return x.substitute(visible, {jv: x.poly(kept.args[0])}) is kept.args[1]
+    here = x.substitute(visible, {jv: x.poly(kept.args[0])})
+    return here is kept.args[1] or solve([], x.iff(here, kept.args[1]), 200) is None
 
 
 def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:

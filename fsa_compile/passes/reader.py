@@ -69,7 +69,7 @@ CASTS = ("_to_copy", "to", "type_as")
 CREATIONS = (
     "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor",
 )  # fmt: skip
-NAMED = ("nan_to_0", "about")
+NAMED = ("nan_to_0", "about", "at_most")
 """Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
 FUSED: dict[str, Callable[["Reader", Node, Coords], Expr]] = {}

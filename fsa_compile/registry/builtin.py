@@ -159,6 +159,7 @@ class Selected(Pattern):
         """Memberships in lists, alone or joined with single blocks such as the query's own."""
         lists, singles = _memberships(form)
         if not lists:
+            yield from self._from_map(form)
             return
         sizes = {size for _, size in lists}
         if len(sizes) != 1:
@@ -170,6 +171,22 @@ class Selected(Pattern):
         joined = tuple(s for s, size in singles if size == block_size)
         for parts in (segments, (*segments, *joined)) if joined else (segments,):
             yield from self._candidates(form, parts, block_size, {})
+
+    def _from_map(self, form: FormView) -> Iterator[Candidate]:
+        """A truth value per query and block, however it came about: the list of all blocks, those that are false not counting."""
+        jv = x.as_var(form.form.j)
+        conditions = form.form.visible.args if form.form.visible.op == "and" else (form.form.visible,)
+        opaque = [c for c in conditions if any(jv in t.free for t in x.walk(c) if t.op in ("predicate", "compare", "apply", "load"))]
+        divisors = {x.constant(t.args[1]) for c in opaque for t in x.walk(c) if t.op == "div" and jv in t.args[0].free}
+        (block_size, *others) = divisors or {None}
+        if others or block_size is None or block_size < 2:
+            return
+        blocks = x.floordiv(x.plus(form.form.keys, block_size - 1), block_size)
+        slot, offset = x.var("block", blocks), x.var("offset", block_size)
+        mapping = {jv: x.plus(x.times(slot, block_size), offset)}
+        listed = x.conj(*(x.substitute(c, mapping) for c in opaque))  # type: ignore[arg-type]
+        if x.as_var(offset) not in listed.free:
+            yield from self._candidates(form, (Segment(slot, listed, slot),), block_size, {})
 
     def _from_gather(self, form: FormView) -> Iterator[Candidate]:
         """``key = block_size * list[slot] + offset``, perhaps clamped into range where it is masked."""
@@ -224,19 +241,19 @@ class Selected(Pattern):
 
         def listed(p: Expr) -> Expr:
             block = x.floordiv(p, block_size)
-            return x.disj(*(_exists(s.slot, x.conj(s.valid, x.equal(s.entry, block))) for s in segments))
+            return x.disj(*(_holds(s, block) for s in segments))
 
         inside = x.mod(i, block_size)
         if form.dense:
-            witnesses = (i, *(x.times(first, block_size) for first, _ in picks))
+            witnesses = (i, x.ZERO, *(x.times(first, block_size) for first, _ in picks))
         else:
             last = x.minus(form.form.width, block_size)
             witnesses = (*(x.plus(x.times(w, block_size), inside) for _, w in picks), x.ZERO, x.plus(last, inside))
+        chosen = sum(form.reader.sizes.hint(slots(s)) for s in segments)
+        every = chosen == -(-form.keys // block_size) and not picks
         parameters = {
-            "block_size": block_size,
-            "top_k": sum(form.reader.sizes.hint(slots(s)) for s in segments),
-            "per": "kv head" if shared else "query head",
-        }
+            "block_size": block_size, **({} if every else {"top_k": chosen}), "per": "kv head" if shared else "query head",
+        }  # fmt: skip
         for rule, order in (("causal", causal), ("listed", listed_only), ("diagonal", diagonal)):
             yield Candidate(
                 "selected", {**parameters, "rule": rule},
@@ -247,7 +264,7 @@ class Selected(Pattern):
 
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         p, n = candidate.parameters, form.keys
-        attended = p["block_size"] * p["top_k"]
+        attended = p["block_size"] * p["top_k"] if "top_k" in p else 0  # how many blocks a mask has is not known
         least = SHORT if device.type == "cpu" else SHORT_ON_CUDA
         if form.dense and 2 * attended > n or n < least:
             return Reason(ReasonKind.UNPROFITABLE, f"{attended} of {n} keys are selected: dense attention is as fast")
@@ -264,8 +281,14 @@ def slots(segment: Segment) -> Expr:
     return v.args[1] if v is not None else x.ONE
 
 
-def _exists(slot: Expr, body: Expr) -> Expr:
-    return x.exists(slot, body) if x.as_var(slot) is not None else body
+def _holds(segment: Segment, block: Expr) -> Expr:
+    """Whether a segment of a list holds a block."""
+    slot = x.as_var(segment.slot)
+    if slot is None:
+        return x.conj(segment.valid, x.equal(segment.entry, block))
+    if segment.entry is segment.slot:  # the list of all blocks
+        return x.conj(x.in_range(block, slot.args[1]), x.substitute(segment.valid, {slot: block}))
+    return x.exists(segment.slot, x.conj(segment.valid, x.equal(segment.entry, block)))
 
 
 Sized = tuple[Segment, int]

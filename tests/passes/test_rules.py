@@ -189,6 +189,16 @@ MEMBERSHIPS = (
     case(
         "scatter that multiplies", lambda i: torch.ones(3, 4).scatter(-1, i, 2.0, reduce="multiply"), ints(2, 2, hi=4), leaf=True
     ),
+    case(
+        "scatter of the positions in blocks",
+        lambda i: torch.zeros(3, 16, dtype=torch.bool).scatter(-1, (i[..., None] * 4 + torch.arange(4)).flatten(-2), True),
+        ints(3, 2, hi=4),
+    ),
+    case(
+        "scatter of positions that are no blocks",
+        lambda i: torch.zeros(3, 24, dtype=torch.bool).scatter(-1, (i[..., None] * 3 + torch.arange(4)).flatten(-2), True),
+        ints(3, 2, hi=4),
+    ),
     case("scatter_add", lambda i: torch.zeros(3, 4).scatter_add(-1, i, torch.ones(3, 4)), ints(2, 2, hi=4), leaf=True),
     case(
         "scatter with an empty index",
@@ -267,6 +277,10 @@ REDUCTIONS = (
     ),
     case("cumsum of ones", lambda: torch.ones(3, 4, dtype=torch.bool).cumsum(-1)),
     case("cumsum of a constant", lambda: torch.full((3, 4), 3).cumsum(0)),
+    case("cumsum of a unit matrix along the rows", lambda: torch.eye(5).cumsum(0) > 0),
+    case("cumsum of a unit matrix along the columns", lambda: torch.eye(5, 7, dtype=torch.long).cumsum(1)),
+    case("cumsum of one flag per row", lambda i: (torch.arange(6) == i[:, None]).long().cumsum(-1), ints(4, lo=-2, hi=9)),
+    case("cumsum of a flag that comes back", lambda i: (torch.arange(6) // 2 == i[:, None]).long().cumsum(-1), ints(4), leaf=True),
     case("cumsum of data", lambda t: (t > 0).cumsum(0), B, leaf=True),
     case("cumsum in eight bits", lambda: torch.ones(300, dtype=torch.uint8).cumsum(0, dtype=torch.uint8), leaf=True),
     case("diff", lambda i: i.diff(dim=0), ints(3, 4)),

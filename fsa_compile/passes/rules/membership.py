@@ -43,8 +43,24 @@ def _scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
             return None  # which of several writers wins is not defined
     else:
         new = literal(value, dtype(n))
-    hit = x.exists(v, x.conj(*covered, x.equal(r.read(index, q), c[d])))
+    hit = _listed(v, x.conj(*covered), r.read(index, q), c[d])
     return x.select(hit, new, r.read(source, c, m))
+
+
+def _listed(slot: Expr, given: Expr, entry: Expr, value: Expr) -> Expr:
+    """``exists slot: given and entry == value``. Entries ``B * list[slot // B] + slot % B`` are the positions in listed blocks:
+    ``exists s: list[s] == value // B``."""
+    v = x.as_var(slot)
+    for t in x.walk(entry) if v is not None and v not in given.free else ():
+        size = x.constant(t.args[1]) if t.op == "div" and t.args[0] is slot else None
+        if size is None or size < 2 or x.mod(v.args[1], size) is not x.ZERO:  # type: ignore[union-attr]
+            continue
+        block = x.var(f"{v.args[0]}.block", x.floordiv(v.args[1], size))  # type: ignore[union-attr]
+        offset = x.var(f"{v.args[0]}.offset", size)  # type: ignore[union-attr]
+        start = x.minus(x.substitute(entry, {v: x.plus(x.times(block, size), offset)}), offset)
+        if x.as_var(offset) not in start.free and x.mod(start, size) is x.ZERO:
+            return x.conj(given, x.exists(block, x.equal(x.floordiv(start, size), x.floordiv(value, size))))
+    return x.exists(slot, x.conj(given, x.equal(entry, value)))
 
 
 @values("slice_scatter")
@@ -92,8 +108,14 @@ def _index_put(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     given = [(k, i) for k, i in enumerate(indices) if i is not None]
     if any(i.meta["val"].dtype == torch.bool for _, i in given):
         return _masked_assignment(r, n, c, m, given)
-    shape = torch.broadcast_shapes(*(i.meta["val"].shape for _, i in given))
-    slots = tuple(x.var(f"{n.name}.slot{k}", r.sizes.of(s)) if s != 1 else x.ZERO for k, s in enumerate(shape))
+    shapes = [r.shape(i) for _, i in given]
+    extents = []
+    for k in range(-max(map(len, shapes)), 0):
+        longer = {s[k] for s in shapes if len(s) >= -k} - {x.ONE}
+        if len(longer) > 1:
+            return None
+        extents.append(longer.pop() if longer else x.ONE)
+    slots = tuple(x.var(f"{n.name}.slot{k}", s) if s is not x.ONE else x.ZERO for k, s in enumerate(extents))
     if rank(value) > 0 and any(s is not x.ONE for s in r.shape(value)):
         return None
     new = r.read(value, (x.ZERO,) * rank(value), m)

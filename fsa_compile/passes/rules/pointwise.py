@@ -24,6 +24,11 @@ def _arange(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return r.coerce(n, x.plus(x.times(c[0], step), start))
 
 
+@values("eye")
+def _eye(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.select(x.equal(c[0], c[1]), literal(1, dtype(n)), literal(0, dtype(n)))
+
+
 @values("zeros", "zeros_like", "new_zeros")
 def _zeros(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return literal(0, dtype(n))
@@ -186,8 +191,8 @@ def underflows(r: Reader, p: Expr, threshold: float) -> Expr:
 
 
 def _about(e: Expr, otherwise: float) -> float:
-    """The constant that a leaf is, to within rounding."""
-    if e.op == "opaque" and e.args[0] == "about":
+    """The constant that a leaf is, to within rounding; or at most is, where an upper bound is wanted (`otherwise` is inf)."""
+    if e.op == "opaque" and e.args[0] in (("about", "at_most") if otherwise > 0 else ("about",)):
         (e,) = e.args[1]
     return e.args[0] if e.op == "const" else otherwise
 

@@ -94,7 +94,7 @@ def _mean(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "mean")
     if not is_real(n):
         return None
-    huge = torch.finfo(dtype(n)).max / r.shape(n.args[0])[d].hi  # beyond it the sum overflows
+    huge = torch.finfo(dtype(n)).max / r.shape(n.args[0])[d].hi
     return _through(r.read(n.args[0], q, m), x.as_var(v), lambda: r.leaf(n, c), huge)
 
 
@@ -103,19 +103,37 @@ def _through(e: Expr, v: Expr | None, leaf: Callable[[], Expr], huge: float) -> 
         return x.select(e.args[0], _through(e.args[1], v, leaf, huge), _through(e.args[2], v, leaf, huge))
     if e.op != "const":
         return leaf()
-    return e if e.args[0] == 0 or math.isinf(e.args[0]) else x.opaque("about", e) if abs(e.args[0]) < huge else leaf()
+    value = e.args[0]
+    if value == 0 or math.isinf(value):
+        return e
+    if abs(value) < huge:
+        return x.opaque("about", e)
+    return x.opaque("at_most", e) if value < 0 else leaf()  # the sum may overflow to -inf
 
 
 @values("cumsum")
 def _cumsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    """Of a constant: a ramp."""
-    if not is_int(n):
-        return None
+    """Of a constant: a ramp. Of a single one: a step."""
     d = axis(n.args[1], rank(n))
     v = x.var(f"{n.name}.cumsum", r.shape(n)[d])
     e = r.coerce(n, r.read(n.args[0], c[:d] + (v,) + c[d + 1 :], m))
-    k = x.constant(e)
+    case = (x.as_atom(e) or e) if e.sort == x.INT else e
+    if case.op in ("if_int", "if_real") and case.args[0].op == "eq":
+        where, one, zero = _root(case.args[0], x.as_var(v)), *case.args[1:]
+        if where is not None and one in (x.ONE, x.real(1)) and zero in (x.ZERO, x.real(0)):
+            return x.select(x.conj(x.at_least(where, x.ZERO), x.at_least(c[d], where)), one, zero)
+    k = x.constant(e) if is_int(n) else None
     return x.times(x.plus(c[d], 1), k) if k is not None else None
+
+
+def _root(equation: Expr, v: Expr | None) -> Expr | None:
+    """The only value of the variable `v` that solves an equation, if `v` is in it once and has the factor 1 or -1."""
+    total = equation.args[0]
+    moving = [(t, k) for t, k in total.args[1] if v in t.free]
+    if v is None or len(moving) != 1 or moving[0][0] is not v or abs(moving[0][1]) != 1:
+        return None
+    k = moving[0][1]
+    return x.times(x.minus(total, x.times(x.poly(v), k)), -k)
 
 
 @values("diff")
