@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py --count 5000 --seed 0 --jobs 2
 
-Model number i is drawn from seed + i, so a run can be cut into pieces and repeated. The result is a JSON file with the counts, and with the
-decisions of every model that failed; ``--replay FILE`` prints these models, ``--shrink`` makes them plain first.
+Model number i is drawn from seed + i, so a run can be cut into pieces and repeated. The result is a JSON file with the counts
+and with the decisions of every model that failed; ``--replay FILE`` prints these models, ``--shrink`` makes them plain first.
 """
 
 from __future__ import annotations

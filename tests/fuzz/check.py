@@ -42,18 +42,23 @@ class Verdict:
     """What became of one model.
 
     Args:
-        rewritten: Number of sites that run on an op.
+        roles: What the rewritten sites were found to be, in order.
         reasons: "kind: text" of each site that was refused or left.
         error: Largest norm-wise difference from eager.
         wrong: What differs, empty if nothing does.
         seconds: Time of the compiled first call.
     """
 
-    rewritten: int
+    roles: tuple[str, ...]
     reasons: tuple[str, ...]
     error: float
     wrong: str
     seconds: float
+
+    @property
+    def rewritten(self) -> int:
+        """Number of sites that run on an op."""
+        return len(self.roles)
 
 
 class Subject:
@@ -158,7 +163,8 @@ def check(model: Model, seed: int = 0) -> Verdict:
         error, wrong = max(error, found), wrong or text
     assert report is not None
     reasons = tuple(f"{site.reason.kind}: {site.reason}" for site in report.sites if site.reason is not None)
-    return Verdict(report.rewritten, reasons, error, wrong, seconds)
+    roles = tuple(site.role for site in report.sites if site.verdict is fsa_compile.Verdict.REWRITTEN)
+    return Verdict(roles, reasons, error, wrong, seconds)
 
 
 def compare(model: Model, seed: int, extra: int, actual: Outcome) -> tuple[float, str]:

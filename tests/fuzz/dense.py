@@ -167,23 +167,29 @@ def by_hand(s: Source, space: str, terms: list[Term], *, layout: str, empty: boo
     """Logits, mask, softmax, product: everything spelled out. Writes `out` in the layout."""
     into, back = EINSUM[layout, space]
     scale(s)
-    logits = {("bhnd", "heads"): "qs @ ks.transpose(-1, -2)", ("kt", "heads"): "qs @ ks", ("folded", "heads"): "torch.bmm(qs, ks.mT)"}
-    logits |= {("bhnd", "kg"): "qs @ ks.unsqueeze(2).mT", ("folded", "kg"): "qs @ ks.unsqueeze(1).mT"}
-    logits |= {("bnhd", "heads"): "qs.transpose(1, 2) @ ks.permute(0, 2, 3, 1)"}
-    if (layout, space) in logits and s.pick("contraction", "matmul", "einsum") == "matmul":
-        s.let("logits", logits[layout, space])
+    if (layout, space) in MATMUL and s.pick("contraction", "matmul", "einsum") == "matmul":
+        s.let("logits", MATMUL[layout, space])
     else:
         s.let("logits", f'torch.einsum("{into}", qs, ks)')
     scale_logits(s)
     p = probabilities(s, terms, empty=empty)
-    products = {("bhnd", "heads"): "@ vs", ("kt", "heads"): "@ vs", ("folded", "heads"): "@ vs"}
-    if (layout, space) in products and s.pick("product_v", "matmul", "einsum") == "matmul":
-        s.let(out, f"{p} {products[layout, space]}")
+    if space == "heads" and layout in ("bhnd", "kt", "folded") and s.pick("product_v", "matmul", "einsum") == "matmul":
+        s.let(out, f"{p} @ vs")
     else:
         s.let(out, f'torch.einsum("{back}", {p}, vs)')
     if space in ("kg", "gk"):
         s.let(out, f"{out}.flatten({HEAD_AXIS[layout]}, {HEAD_AXIS[layout] + 1})")
 
+
+MATMUL = {
+    ("bhnd", "heads"): "qs @ ks.transpose(-1, -2)",
+    ("kt", "heads"): "qs @ ks",
+    ("folded", "heads"): "torch.bmm(qs, ks.mT)",
+    ("bnhd", "heads"): "qs.transpose(1, 2) @ ks.permute(0, 2, 3, 1)",
+    ("bhnd", "kg"): "qs @ ks.unsqueeze(2).mT",
+    ("folded", "kg"): "qs @ ks.unsqueeze(1).mT",
+}
+"""The logits without einsum, where that is natural."""
 
 EINSUM = {
     ("bhnd", "heads"): ("bhid,bhjd->bhij", "bhij,bhjd->bhid"),
@@ -232,7 +238,8 @@ def scale_logits(s: Source) -> None:
         own = "temperature_" + s.identifier()
         s.init(f"self.{own} = nn.Parameter(torch.tensor(0.3))")
         s.let("logits", "logits * " + s.slip("scale", f"self.{own}", f"self.{own} ** 2", *s.detached(f"self.{own}")))
-    odd = s.slip("logits", "", "logits.abs()", "logits - 0.3 * torch.arange(logits.shape[-1]).to(logits.dtype)", "logits.relu().clone()")
+    sloped = "logits - 0.3 * torch.arange(logits.shape[-1]).to(logits.dtype)"
+    odd = s.slip("logits", "", "logits.abs()", sloped, "logits.relu().clone()")
     if odd:
         s.let("logits", odd)
 
@@ -274,7 +281,8 @@ def probabilities(s: Source, terms: list[Term], *, empty: bool) -> str:
         s.let("logits", f"logits.masked_fill({dropped}, {fill})")
     elif spelling == "sequential":
         for number, term in enumerate(terms):
-            hide = s.slip(f"step_{number}", f"~{term.name}", term.name, *(() if term.redundant else (f"torch.zeros_like({term.name})",)))
+            nothing = () if term.redundant else (f"torch.zeros_like({term.name})",)
+            hide = s.slip(f"step_{number}", f"~{term.name}", term.name, *nothing)
             s.let("logits", f"logits.masked_fill({hide}, {fill})")
     else:
         s.let("logits", f"logits + (1.0 - visible.to(logits.dtype)) * {fill}")
@@ -298,7 +306,7 @@ def probabilities(s: Source, terms: list[Term], *, empty: bool) -> str:
 
 def flip_mask(s: Source) -> None:
     """Nothing, or a mutant of `visible`."""
-    flipped = s.slip("mask", "", "~visible", "visible.roll(1, -1)")
+    flipped = s.slip("mask", "", "~visible", "visible & (torch.arange(visible.shape[-1]) % 3 != 1)")
     if flipped:
         s.let("visible", flipped)
 
@@ -313,7 +321,8 @@ def fill_value(s: Source, *, finite: bool) -> str:
         "-finfo.max": "-torch.finfo(logits.dtype).max",
         "-1e9": "-1e9",
     }[str(s.pick("fill", *options))]
-    return s.slip("fill", right, "-5.0")
+    # Logits without a scale reach tens, under which -2 would be as good as nothing.
+    return s.slip("fill", right, "0.0" if s.trail[s.full("scale")] == "none" else "-2.0")
 
 
 def softmax(s: Source) -> None:
@@ -361,7 +370,7 @@ def sdpa(s: Source, space: str, terms: list[Term], *, layout: str, empty: bool, 
         s.let("mask", "visible")
     else:
         options = {"-inf": "-torch.inf", "finfo.min": "torch.finfo(qs.dtype).min", "-1e9": "-1e9"}
-        fill = s.slip("fill", options[str(s.pick("fill", *options))], "-5.0")
+        fill = s.slip("fill", options[str(s.pick("fill", *options))], "-2.0")
         if s.trail[s.full("attn_mask")] == "float":
             s.let("mask", f"torch.zeros(visible.shape, dtype=qs.dtype).masked_fill(~visible, {fill})")
         else:

@@ -19,7 +19,8 @@ def attention(s: Source, selection: Selection, *, order: str, out: str) -> str:
         s.let("kg", dense.repeat(s, "kg", "bhnd", str(spelling)))
         right = dense.repeat(s, "vg", "bhnd", str(spelling))
         if s.sizes["HKV"] > 1 and s.sizes["G"] > 1:
-            right = s.slip("head_order_v", right, dense.repeat(s, "vg", "bhnd", "tile" if order == "interleave" else "repeat_interleave"))
+            other = "tile" if order == "interleave" else "repeat_interleave"
+            right = s.slip("head_order_v", right, dense.repeat(s, "vg", "bhnd", other))
         s.let("vg", right)
     spelling = str(s.pick("gather", "gather", "take_along_dim", "advanced", "tokens", "embedding"))
     s.let("kg", read(spelling, "kg", "D", "blocks_read"))
@@ -38,7 +39,8 @@ def attention(s: Source, selection: Selection, *, order: str, out: str) -> str:
             s.let("mask", "seen.unsqueeze(-2)")
         # Where a query may see nothing, only the boolean mask promises zeros.
         if masked and selection.own != "out" and s.pick("attn_mask", "bool", "float") == "float":
-            s.let("mask", "torch.zeros(mask.shape, dtype=qs.dtype).masked_fill(~mask, " + s.slip("fill", "-torch.inf", "-5.0") + ")")
+            fill = s.slip("fill", "-torch.inf", "-2.0")
+            s.let("mask", f"torch.zeros(mask.shape, dtype=qs.dtype).masked_fill(~mask, {fill})")
         s.let(out, f"F.scaled_dot_product_attention(qs, kg, vg{', attn_mask=mask' if masked else ''})")
         s.let(out, f"{out}.transpose(2, 3)" if kg else f"{out}.squeeze(3)")
     else:
@@ -64,8 +66,11 @@ def attention(s: Source, selection: Selection, *, order: str, out: str) -> str:
 
 
 def keys(s: Source, selection: Selection) -> bool:
-    """Whether some gathered keys must be masked; writes `blocks_read` (b, o, n, t), all in range; `place` and `seen` (b, o, n, t*BLOCK), the gathered positions and whether
-    to see them."""
+    """Write `blocks_read` (b, o, n, t), all in range, and `seen` (b, o, n, t*BLOCK): which gathered keys count.
+
+    Returns:
+        Whether there is a `seen`; without one every gathered key counts.
+    """
     valid = {"none": "", "minus": "idx >= 0", "sentinel": "idx < blocks"}[selection.padding]
     s.let("blocks_read", {"none": "idx", "minus": "idx.clamp(min=0)", "sentinel": "idx.clamp(max=blocks - 1)"}[selection.padding])
     own = "(i // BLOCK)[:, None]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +12,9 @@ from fuzz.check import check, difference, DIFFERENT, eager, Verdict
 from fuzz.choices import from_trail
 from fuzz.model import generate, Model
 from fuzz.refusals import may_refuse
+
+ROLES = {"selected": "selected", "window": "sliding_window", "compressed": "compressed"}
+"""What a report calls the branches."""
 
 DRAWS = 4
 """How many draws of the inputs a mutant gets to show that it differs from its parent."""
@@ -43,14 +48,22 @@ def judge(model: Model, seed: int = 0) -> Judgement:
     try:
         verdict = judgement.verdict = check(model, seed)
     except Exception as error:  # A crash is a finding like any other, and the long run must go on.
-        judgement.fault, judgement.detail = "crash", f"{type(error).__name__}: {error}"
+        judgement.fault, judgement.detail = "crash", "".join(traceback.format_exception(error, limit=-8))
         return judgement
     if verdict.wrong:
         judgement.fault, judgement.detail = "wrong", verdict.wrong
-    elif not model.mutant and not len(model.branches) - len(judgement.owed) <= verdict.rewritten <= len(model.branches):
+    elif not model.mutant and not_as_intended(model, verdict, judgement.owed):
         judgement.fault = "refused"
-        judgement.detail = f"{verdict.rewritten} of {len(model.branches)} rewritten; " + "; ".join(verdict.reasons)
+        judgement.detail = f"rewritten: {', '.join(verdict.roles) or 'nothing'}; " + "; ".join(verdict.reasons)
     return judgement
+
+
+def not_as_intended(model: Model, verdict: Verdict, owed: tuple[str, ...]) -> bool:
+    """Whether a branch that is not owed was left alone, or something was rewritten that is no branch."""
+    missing = Counter(ROLES[branch] for branch in model.branches)
+    missing.subtract(verdict.roles)
+    missing.subtract(Counter({ROLES[branch]: missing[ROLES[branch]] for branch in owed if missing[ROLES[branch]] > 0}))
+    return any(missing.values())
 
 
 def judge_mutant(parent: Model, slip: str) -> Judgement:

@@ -105,7 +105,7 @@ def generate(answer: Answer, mutant: str | None = None) -> Model:
     exact = "selected.scores" not in s.trail or s.trail["selected.scores"] == "list"
     # In bfloat16 a rounding error may change a top-k, so only given lists have something to compare.
     s.pick("dtype", "float32", "float32", "float32", "float64", *(("bfloat16",) if exact else ()))
-    s.pick("dynamic", "static", "static", "static", "mark", "all")
+    s.pick("dynamic", *("static",) * 6, "mark", "all")  # Symbolic sizes cost several times as much.
     text = HEADER.format(
         sizes="\n".join(f"{name} = {value}" for name, value in s.sizes.items()),
         setup=indent(s.setup or ["pass"], 8),
@@ -116,7 +116,9 @@ def generate(answer: Answer, mutant: str | None = None) -> Model:
     return Model(text, s.trail, branches, tuple(s.slips), mutant)
 
 
-BRANCHES = ("selected", "window", "compressed", "selected", "compressed+selected", "selected+window", "compressed+selected+window")
+ONE_BRANCH = ("selected", "window", "compressed")
+SEVERAL_BRANCHES = ("compressed+selected", "selected+window", "compressed+selected+window")
+BRANCHES = ("selected", *ONE_BRANCH, *SEVERAL_BRANCHES)
 
 
 def indent(lines: list[str], spaces: int) -> str:
@@ -208,7 +210,8 @@ def selected(s: Source, layout: str) -> None:
         s.let("tokens", s.slip("own_dropped", f"{tokens} | own", f"{tokens} & own", f"{tokens} | own.roll(1, 0)"))
     terms = [Term("tokens", selection.heads)]
     if selection.rule == "causal":
-        redundant = selection.own == "out" and selection.padding != "none"  # Only whole past blocks are listed.
+        # Then only whole past blocks are listed, or in the first rows, by chance, others.
+        redundant = selection.own == "out"
         with s.redundant(redundant):
             terms.append(Term(causal(s, "not_later"), redundant=redundant))
     elif selection.rule == "diagonal":

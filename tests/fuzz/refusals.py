@@ -57,15 +57,20 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal({"selected.membership": "scatter_tokens"}, "selected", "token_level: "),
     Refusal({"selected.causal": "cumsum"}, "selected", "runtime_mask: the mask holds run-time values"),
     Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
-    Refusal({"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"),
+    Refusal(
+        {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"
+    ),
     Refusal({"window.form": "chunks", "dynamic": "mark"}, "window", "operands: the keys that the logits see"),
     Refusal({"selected.form": "gather", "selected.best": "argsort"}, "selected", "duplicates: "),
-    Refusal({"selected.form": "gather", "selected.best": "sort"}, "selected", "gradient: a query may see no key"),
+    Refusal({"selected.form": "gather", "selected.best": "sort", "selected.own": "in"}, "selected", "gradient: a query may see no key"),
     Refusal({"selected.form": "gather", "selected.gather": "embedding"}, "selected", "operands: the keys that the logits see"),
     Refusal({"*.product": "sdpa", "dynamic": "mark"}, "selected", "operands: the keys that the logits see"),
     Refusal({"*.product": "sdpa", "dynamic": "all"}, "selected", "shape: the head dimension is dynamic"),
-    Refusal({"dynamic": "all"}, "window", "operands: the keys that the logits see"),
-    Refusal({"dynamic": "all"}, "compressed", "operands: the keys that the logits see"),
+    Refusal({"dynamic": "all", "entry": "heads"}, "window", "operands: the keys that the logits see"),
+    Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "operands: the keys that the logits see"),
+    Refusal({"dynamic": "all", "selected.scores": "list"}, "selected", "operands: the keys that the logits see"),
+    Refusal({"dynamic": "all", "selected.form": "gather"}, "selected", "runtime_mask: the mask holds run-time values"),
+    Refusal({"dynamic": "mark", "selected.form": "gather"}, "selected", "operands: the keys that the logits see"),
 )
 
 
