@@ -62,7 +62,7 @@ def _where(view: FormView, leaves: list[Expr]) -> tuple[str, str | None]:
     named = sorted({str(t.args[0]) for t in leaves}) or ["?"]
     held = next((n for n in named if n in r.buffers), None)
     if held is not None:
-        return f"{r.buffers[held].label}, whose value is no rule that is known,", r.place(held)[1]
+        return f"the irregular buffer {r.buffers[held].label}", r.place(held)[1]
     return r.place(named[0])
 
 

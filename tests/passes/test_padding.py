@@ -1,6 +1,6 @@
 """Padding masks and packed documents: known at run time only, refused with the reason and the line; constant ones are read.
 
-Whatever happens to it, compiled code keeps its meaning. Each spelling has a mutant, the same code with another comparison, which is
+Whatever happens to it, compiled code keeps its meaning. Each spelling has a mutant, the same code with another comparison: it is
 another function in eager and keeps its own meaning.
 """
 
