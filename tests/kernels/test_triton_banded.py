@@ -150,6 +150,12 @@ def test_large_logits(deviation, rule):
     check(q, k, v, dout, dlse, rule, scale=deviation * 0.25, tolerance=1e-5 + 1e-5 * deviation)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale, rule):
+    """Forward takes a row's maximum before it scales."""
+    check(*draw(14), rule, scale=scale)
+
+
 def test_lse_gradients_alone_and_absent(rule):
     """dlse without dout, and dout without dlse."""
     q, k, v, dout, dlse = draw(9)
@@ -208,10 +214,14 @@ def test_launches_fit_every_device(dtype):
         for group in (1, 6, 12, 64):
             for dk, dv in ((16, 16), (64, 64), (128, 128), (192, 128), (256, 256)):
                 device = launch.Device(90, limit << 10)
+                shape = group, dk, dv, dtype, device
                 for choice, memory in (
-                    (banded_launch.forward_launch(group, dk, dv, dtype, device), banded_launch.forward_shared_memory),
-                    (banded_launch.dq_launch(group, dk, dv, dtype, device), banded_launch.dq_shared_memory),
-                    (banded_launch.dkv_launch(group, dk, dv, dtype, device, 4096), banded_launch.dkv_shared_memory),
+                    (banded_launch.forward_launch(*shape, window=True), banded_launch.forward_shared_memory),
+                    (banded_launch.forward_launch(*shape, window=False), banded_launch.forward_shared_memory),
+                    (banded_launch.dq_launch(*shape, window=True), banded_launch.dq_shared_memory),
+                    (banded_launch.dq_launch(*shape, window=False), banded_launch.dq_shared_memory),
+                    (banded_launch.dkv_launch(*shape, 512), banded_launch.dkv_shared_memory),
+                    (banded_launch.dkv_launch(*shape, 4096), banded_launch.dkv_shared_memory),
                 ):
                     assert min(choice.rows, choice.keys) >= 16 and choice.rows % choice.heads == 0 == group % choice.heads
                     padded = (launch.power_of_two(d, 16) for d in (dk, dv))

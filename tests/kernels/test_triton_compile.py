@@ -82,9 +82,9 @@ def test_kernels_compile_and_fit(capability):
 
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
 def test_banded_kernels_compile_and_fit(capability):
-    """As above, with hardly a spill: nothing of a tile but pointers may leave the registers."""
+    """As above, with few spills: what leaves the registers are addresses and masks between the two loops over tiles."""
     rows, device = compile_for(capability, BANDED), launch.Device(capability, TARGETS[capability])
-    heavy = [r for r in rows if r["kernel"] != "_delta_kernel"]
+    heavy = [r for r in rows if r["kernel"] != "_statistics_kernel"]
     assert len(heavy) == 3 * len(BANDED)
     for r in heavy:
         x = r["variant"]
@@ -93,7 +93,7 @@ def test_banded_kernels_compile_and_fit(capability):
         dk, dv = launch.power_of_two(x["dk"], 16), launch.power_of_two(x["dv"], 16)
         estimate = memory(chosen.rows, chosen.keys, dk, dv, _dtype(x["dtype"]).itemsize, chosen.stages)
         assert r["shared"] <= estimate <= TARGETS[capability]
-    assert all(r["spills"] is None or r["spills"] <= 64 for r in rows)
+    assert all(r["spills"] is None or r["spills"] <= 384 for r in rows)
     if capability == 90:
         assert not any(r["unset"] for r in rows)
         assert all(r["wgmma"] and r["wide_load"] for r in heavy if r["variant"]["dtype"] != "float32")
@@ -119,9 +119,9 @@ def _banded_choice(kernel: str, variant: dict, device: launch.Device):
     """The launch of a banded kernel and the function that estimates its shared memory."""
     shape = variant["group"], variant["dk"], variant["dv"], _dtype(variant["dtype"]), device
     if kernel == "_banded_forward_kernel":
-        return banded_launch.forward_launch(*shape), banded_launch.forward_shared_memory
+        return banded_launch.forward_launch(*shape, variant["rule"] == "window"), banded_launch.forward_shared_memory
     if kernel == "_banded_dq_kernel":
-        return banded_launch.dq_launch(*shape), banded_launch.dq_shared_memory
+        return banded_launch.dq_launch(*shape, variant["rule"] == "window"), banded_launch.dq_shared_memory
     seen_by = 512 if variant["rule"] == "window" else 4096
     return banded_launch.dkv_launch(*shape, seen_by), banded_launch.dkv_shared_memory
 

@@ -1,12 +1,14 @@
 """Backward of banded attention in three kernels, none of which uses atomics: two runs agree bit for bit.
 
-    delta = rowsum(dO * O) - dLSE                                         `row_delta` of `selected_backward`
+    delta = rowsum(dO * O) - dLSE                                         _statistics_kernel
     for each tile of keys (and part of the queries that see it):          _banded_dkv_kernel, one program each
         for each tile of (query, head) rows from the first to the last query that sees a key of the tile:
             p^T  = exp2(k q^T * scale * log2(e) - lse * log2(e)), masked
             dV += p^T dO;  ds^T = p^T * (v dO^T - delta);  dK += ds^T q
     for each tile of (query, head) rows:                                  _banded_dq_kernel, one program each
         for each tile of keys, as in forward:  dQ += ds k
+
+lse and delta are stored in the order of a tile's rows, (b, hq / heads, n, heads): a loop over tiles then loads neighbours.
 
 The rows of a key tile run over the whole group, so dK and dV of a group add up in float32. Where there are few tiles of keys
 (compressed attention), the queries of a tile are cut into parts that write float32 partials, summed afterwards.
@@ -21,28 +23,86 @@ import torch
 import triton
 import triton.language as tl
 
-from .banded_launch import dkv_launch, dq_launch, query_splits
-from .bands import BAND_ARGUMENTS, BandRule, band_start, band_stop, load_rows, query_shift, seen_from, seen_until
+from .banded_launch import dkv_launch, dq_launch, query_splits, tile_heads
+from .bands import BAND_ARGUMENTS, BandRule, band_start, band_stop, edge_tile, inner_tiles, load_at, load_rows, query_shift
+from .bands import seen_from, seen_until
 from .items import tile_mask
 from .launch import device_of, power_of_two
-from .selected_backward import row_delta
 from .selected_forward import LOG2E
 
 
 @triton.jit
-def _load_statistics(lse, delta, at, live, log2e):
-    """lse in base 2 and delta of some rows. A row without keys has neither: 0, for its weights are masked."""
-    lse_i = tl.load(lse + at, mask=live, other=float("-inf"))
-    empty = lse_i == float("-inf")
-    delta_i = tl.load(delta + at, mask=live, other=0.0)
-    return tl.where(empty, 0.0, lse_i * log2e), tl.where(empty, 0.0, delta_i)
+def _statistics_kernel(
+    dout, out, lse, dlse, statistics, do_stride_b, do_stride_h, do_stride_n, o_stride_b, o_stride_h, o_stride_n,
+    dl_stride_b, dl_stride_h, dl_stride_n, hq, n, size, log2e,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n, ROWS)
+    query = ((tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = query < n
+    line = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = line // hq, line % hq
+    e = tl.arange(0, DV_PAD)
+    mask = tile_mask(live, e, DV, DV_PAD)
+    o_row = batch * o_stride_b + head * o_stride_h + query * o_stride_n
+    do_row = batch * do_stride_b + head * do_stride_h + query * do_stride_n
+    o = tl.load(out + o_row[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    do = tl.load(dout + do_row[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(o * do, 1)
+    if HAS_DLSE:
+        dl = dlse + batch * dl_stride_b + head * dl_stride_h + query * dl_stride_n
+        delta -= tl.load(dl, mask=live, other=0.0).to(tl.float32)
+    lse_i = tl.load(lse + line * n + query, mask=live, other=0.0)
+    empty = lse_i == float("-inf")  # a row without keys has no weights to differentiate: anything finite will do
+    target = statistics + ((line // HEADS) * n + query) * HEADS + line % HEADS
+    tl.store(target, tl.where(empty, 0.0, lse_i * log2e), mask=live)
+    tl.store(target + size, tl.where(empty, 0.0, delta), mask=live)
+
+
+@triton.jit
+def _ascend(
+    dk_acc, dv_acc, k_tile, v_tile, q_rows, do_rows, statistics, size, q_stride_n, do_stride_n, begin, lo, hi, tiles, n_queries,
+    from_query, until_query, log2_scale,
+    DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds ds^T q and p^T dO of `tiles` tiles of queries from `begin` on; if MASKED, those between lo and hi are left out.
+
+    q_rows, do_rows, statistics: (ROWS,) where the rows of a tile at query 0 stand; delta stands `size` behind lse.
+    """
+    QUERIES: tl.constexpr = ROWS // HEADS
+    row = tl.arange(0, ROWS)
+    c = tl.arange(0, DK_PAD)
+    e = tl.arange(0, DV_PAD)
+    for tile in range(0, tiles):
+        first = edge_tile(begin, lo, hi, tile, QUERIES) if MASKED else begin + tile * QUERIES
+        wide = first.to(tl.int64)
+        query = first + row // HEADS
+        live = query < n_queries
+        q_tile = load_at(q_rows + wide * q_stride_n, c, live, DK, DK_PAD, MASKED)
+        at = statistics + wide * HEADS
+        lse_i = tl.load(at, mask=live, other=0.0) if MASKED else tl.load(at)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * log2_scale - lse_i[None, :]
+        if MASKED:
+            seen = query[None, :] >= from_query[:, None]
+            if WINDOW:
+                seen = seen & (query[None, :] < until_query[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s)
+        do_tile = load_at(do_rows + wide * do_stride_n, e, live, DV, DV_PAD, MASKED)
+        dv_acc += tl.dot(p.to(do_tile.dtype), do_tile, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+        delta_i = tl.load(at + size, mask=live, other=0.0) if MASKED else tl.load(at + size)
+        ds = (p * (dp - delta_i[None, :])).to(q_tile.dtype)
+        dk_acc += tl.dot(ds, q_tile, input_precision="ieee")
+    return dk_acc, dv_acc
 
 
 @triton.jit(do_not_specialize=[*BAND_ARGUMENTS, "parts"])
 def _banded_dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, offsets, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
+    q, k, v, dout, statistics, dk, dv, offsets, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n, do_stride_b, do_stride_h, do_stride_n,
-    n_queries, n_keys, window, stride, last, prefix, offset, parts, scale, log2_scale, log2e, hkv, group,
+    n_queries, n_keys, window, stride, last, prefix, offset, parts, size, scale, log2_scale, hkv, group,
     DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
@@ -69,32 +129,28 @@ def _banded_dkv_kernel(
     begin = front + part * share
     end = tl.minimum(begin + share, back)
 
+    # Every key of the tile is seen from the first query of its last key up to the last query of its first.
+    inner_begin = seen_from(tl.minimum(tile * KEYS + KEYS, n_keys) - 1, shift, stride, last, prefix, n_queries)
+    inner_end = seen_until(tile * KEYS, shift, window, n_queries, WINDOW)
+    lo, hi, edges = inner_tiles(begin, end, inner_begin, inner_end, QUERIES)
+
     row = tl.arange(0, ROWS)
     dk_acc = tl.zeros((KEYS, DK_PAD), tl.float32)
     dv_acc = tl.zeros((KEYS, DV_PAD), tl.float32)
     for piece in range(0, group // HEADS):
-        head = kv_head * group + piece * HEADS + row % HEADS
-        q_head = q + batch * q_stride_b + head * q_stride_h
-        do_head = dout + batch * do_stride_b + head * do_stride_h
-        statistics = (batch * hkv * group + head) * n_queries
-        for first in range(begin, end, QUERIES):
-            query = first + row // HEADS
-            live = query < n_queries
-            wide = query.to(tl.int64)
-            q_at = (q_head + wide * q_stride_n)[:, None] + c[None, :]
-            q_tile = tl.load(q_at, mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
-            lse_i, delta_i = _load_statistics(lse, delta, statistics + wide, live, log2e)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * log2_scale
-            seen = query[None, :] >= from_query[:, None]
-            if WINDOW:
-                seen = seen & (query[None, :] < until_query[:, None])
-            p = tl.exp2(tl.where(seen, s - lse_i[None, :], float("-inf")))
-            do_at = (do_head + wide * do_stride_n)[:, None] + e[None, :]
-            do_tile = tl.load(do_at, mask=tile_mask(live, e, DV, DV_PAD), other=0.0)
-            dv_acc += tl.dot(p.to(do_tile.dtype), do_tile, input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-            ds = (p * (dp - delta_i[None, :])).to(q_tile.dtype)
-            dk_acc += tl.dot(ds, q_tile, input_precision="ieee")
+        first_head = kv_head * group + piece * HEADS
+        head, query = first_head + row % HEADS, (row // HEADS).to(tl.int64)
+        q_rows = q + batch * q_stride_b + head * q_stride_h + query * q_stride_n
+        do_rows = dout + batch * do_stride_b + head * do_stride_h + query * do_stride_n
+        at = statistics + tl.multiple_of((batch * hkv * group + first_head) * n_queries, HEADS) + row
+        dk_acc, dv_acc = _ascend(
+            dk_acc, dv_acc, k_tile, v_tile, q_rows, do_rows, at, size, q_stride_n, do_stride_n, lo, lo, hi, (hi - lo) // QUERIES,
+            n_queries, from_query, until_query, log2_scale, DK, DV, DK_PAD, DV_PAD, ROWS, HEADS, WINDOW, False,
+        )  # fmt: skip
+        dk_acc, dv_acc = _ascend(
+            dk_acc, dv_acc, k_tile, v_tile, q_rows, do_rows, at, size, q_stride_n, do_stride_n, begin, lo, hi, edges,
+            n_queries, from_query, until_query, log2_scale, DK, DV, DK_PAD, DV_PAD, ROWS, HEADS, WINDOW, True,
+        )  # fmt: skip
     # dk and dv are (parts, b, hkv, m, d)
     target = (part.to(tl.int64) * lines + line) * n_keys + key
     dk_at = dk + target[:, None] * DK + c[None, :]
@@ -105,17 +161,18 @@ def _banded_dkv_kernel(
 
 @triton.jit
 def _descend(
-    acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, begin, end, start, stop, log2_scale,
-    DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, KEYS: tl.constexpr,
+    acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, begin, lo, hi, tiles, start, stop, n_keys,
+    log2_scale, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds k of the keys begin ... end - 1 to `acc`; unless MASKED, whole tiles that every row sees."""
+    """Adds ds k of `tiles` tiles of keys from `begin` on; if MASKED, those between lo and hi are left out."""
     c = tl.arange(0, DK_PAD)
     e = tl.arange(0, DV_PAD)
-    for first in range(begin, end, KEYS):
+    for tile in range(0, tiles):
+        first = edge_tile(begin, lo, hi, tile, KEYS) if MASKED else begin + tile * KEYS
         key = first + tl.arange(0, KEYS)
-        k_tile = load_rows(k_base, key, k_stride_n, c, key < end, DK, DK_PAD, MASKED)
-        v_tile = load_rows(v_base, key, v_stride_n, e, key < end, DV, DV_PAD, MASKED)
+        k_tile = load_rows(k_base, key, k_stride_n, c, key < n_keys, DK, DK_PAD, MASKED)
+        v_tile = load_rows(v_base, key, v_stride_n, e, key < n_keys, DV, DV_PAD, MASKED)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale - lse_i[:, None]
         if MASKED:
             seen = key[None, :] < stop[:, None]
@@ -130,9 +187,9 @@ def _descend(
 
 @triton.jit(do_not_specialize=list(BAND_ARGUMENTS))
 def _banded_dq_kernel(
-    q, k, v, dout, lse, delta, dq, offsets, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
+    q, k, v, dout, statistics, dq, offsets, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n, do_stride_b, do_stride_h, do_stride_n,
-    n_queries, n_keys, window, stride, last, prefix, offset, scale, log2_scale, log2e, hq, group,
+    n_queries, n_keys, window, stride, last, prefix, offset, size, scale, log2_scale, hq, group,
     DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +215,9 @@ def _banded_dq_kernel(
     target = (batch * hq + head) * n_queries + query
     q_tile = tl.load(q + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
     do_tile = tl.load(dout + do_row[:, None] + e[None, :], mask=tile_mask(live, e, DV, DV_PAD), other=0.0)
-    lse_i, delta_i = _load_statistics(lse, delta, target, live, log2e)
+    at = statistics + ((batch * hq + first_head) * n_queries + (wide - row // HEADS) * HEADS) + row
+    lse_i = tl.load(at, mask=live, other=0.0)
+    delta_i = tl.load(at + size, mask=live, other=0.0)
     k_base = k + batch * k_stride_b + kv_head * k_stride_h
     v_base = v + batch * v_stride_b + kv_head * v_stride_h
 
@@ -168,17 +227,17 @@ def _banded_dq_kernel(
     back = tl.minimum(tile * QUERIES + QUERIES, n_queries) - 1 + shift
     begin = band_start(front, window, WINDOW)
     end = band_stop(back, stride, last, prefix, n_keys)
+    lo, hi, edges = inner_tiles(
+        begin, end, band_start(back, window, WINDOW), band_stop(front, stride, last, prefix, n_keys), KEYS
+    )
     acc = tl.zeros((ROWS, DK_PAD), tl.float32)
-    if not WINDOW:
-        whole = tl.maximum(band_stop(front, stride, last, prefix, n_keys), 0) // KEYS * KEYS
-        acc = _descend(
-            acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, begin, whole, start, stop, log2_scale,
-            DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, False,
-        )  # fmt: skip
-        begin = whole
     acc = _descend(
-        acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, begin, end, start, stop, log2_scale,
-        DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, True,
+        acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, lo, lo, hi, (hi - lo) // KEYS, start, stop,
+        n_keys, log2_scale, DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, False,
+    )  # fmt: skip
+    acc = _descend(
+        acc, q_tile, do_tile, lse_i, delta_i, k_base, v_base, k_stride_n, v_stride_n, begin, lo, hi, edges, start, stop,
+        n_keys, log2_scale, DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, True,
     )  # fmt: skip
     acc = (acc * scale).to(dq.dtype.element_ty)
     tl.store(dq + target[:, None] * DK + c[None, :], acc, mask=tile_mask(live, c, DK, DK_PAD))
@@ -198,9 +257,32 @@ def backward(
     """dq, dk, dv; see `banded_attention_backward`."""
     if 0 in (*q.shape[:3], k.shape[2]):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    delta = row_delta(dout, out, dlse)
-    dk, dv = launch_dkv(dout, q, k, v, lse, delta, scale, rule)
-    return launch_dq(dout, q, k, v, lse, delta, scale, rule), dk, dv
+    statistics = row_statistics(dout, out, lse, dlse, tile_heads(q.shape[1] // k.shape[1]))
+    dk, dv = launch_dkv(dout, q, k, v, statistics, scale, rule)
+    return launch_dq(dout, q, k, v, statistics, scale, rule), dk, dv
+
+
+def row_statistics(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None, heads: int
+) -> torch.Tensor:
+    """lse in base 2, and rowsum(dout * out) - dlse, for tiles of `heads` heads: (2, b, hq / heads, n, heads) float32.
+
+    Args:
+        dout, out: (b, hq, n, dv).
+        lse: (b, hq, n) float32, contiguous.
+        dlse: (b, hq, n), or None.
+        heads: A divisor of hq.
+    """
+    b, hq, n, dv = out.shape
+    statistics = torch.empty((2, b, hq // heads, n, heads), dtype=torch.float32, device=out.device)
+    rows = 32
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    _statistics_kernel[(-(-n // rows) * b * hq,)](
+        dout, out, lse, lse if dlse is None else dlse, statistics, *dout.stride()[:3], *out.stride()[:3], *strides,
+        hq, n, b * hq * n, LOG2E, DV=dv, DV_PAD=power_of_two(dv, 16), ROWS=rows, HEADS=heads, HAS_DLSE=dlse is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return statistics
 
 
 def launch_dkv(
@@ -208,8 +290,7 @@ def launch_dkv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+    statistics: torch.Tensor,
     scale: float,
     rule: BandRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,9 +304,9 @@ def launch_dkv(
     dtype = q.dtype if parts == 1 else torch.float32
     dk, dv = (torch.empty((parts, b, hkv, m, x), dtype=dtype, device=q.device) for x in (d, e))
     _banded_dkv_kernel[(programs * parts,)](
-        q, k, v, dout, lse, delta, dk, dv, lse if rule.q_offsets is None else rule.q_offsets,
+        q, k, v, dout, statistics, dk, dv, statistics if rule.q_offsets is None else rule.q_offsets,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
-        n, m, *rule.arguments, parts, scale, scale * LOG2E, LOG2E, hkv, hq // hkv,
+        n, m, *rule.arguments, parts, b * hq * n, scale, scale * LOG2E, hkv, hq // hkv,
         DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
         ROWS=launch.rows, HEADS=launch.heads, KEYS=launch.keys, WINDOW=rule.window is not None,
         HAS_OFFSETS=rule.q_offsets is not None, num_warps=launch.warps, num_stages=launch.stages,
@@ -240,19 +321,18 @@ def launch_dq(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+    statistics: torch.Tensor,
     scale: float,
     rule: BandRule,
 ) -> torch.Tensor:
     """dq (b, hq, n, dk), contiguous, of q's dtype."""
     (b, hq, n, d), (_, hkv, m, e) = q.shape, v.shape
-    launch = dq_launch(hq // hkv, d, e, q.dtype, device_of(q))
+    launch = dq_launch(hq // hkv, d, e, q.dtype, device_of(q), rule.window is not None)
     dq = torch.empty((b, hq, n, d), dtype=q.dtype, device=q.device)
     _banded_dq_kernel[(-(-n // launch.queries) * b * (hq // launch.heads),)](
-        q, k, v, dout, lse, delta, dq, lse if rule.q_offsets is None else rule.q_offsets,
+        q, k, v, dout, statistics, dq, statistics if rule.q_offsets is None else rule.q_offsets,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
-        n, m, *rule.arguments, scale, scale * LOG2E, LOG2E, hq, hq // hkv,
+        n, m, *rule.arguments, b * hq * n, scale, scale * LOG2E, hq, hq // hkv,
         DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
         ROWS=launch.rows, HEADS=launch.heads, KEYS=launch.keys, WINDOW=rule.window is not None,
         HAS_OFFSETS=rule.q_offsets is not None, num_warps=launch.warps, num_stages=launch.stages,

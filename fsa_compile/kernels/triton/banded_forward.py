@@ -1,13 +1,14 @@
 """Forward of banded attention, one program per tile of (query, head) rows:
 
     lo, hi = first key of the tile's first query, last key of its last query
-    for each tile of keys in lo ... hi:
-        s = q k^T * scale * log2(e), masked unless every row sees the whole tile
-        m_i = max(m_i, max s);  l_i, acc rescaled by exp2(m_old - m_i)
-        l_i += sum exp2(s - m_i);  acc += exp2(s - m_i) v
-    out = acc / l_i,  lse = (m_i + log2 l_i) / log2(e)
+    for each tile of keys in lo ... hi, those that every row sees whole first:
+        s = q k^T, masked at the two edges
+        m_i = max(m_i, max s);  l_i, acc rescaled by exp2((m_old - m_i) * scale * log2(e))
+        p = exp2((s - m_i) * scale * log2(e));  l_i += sum p;  acc += p v
+    out = acc / l_i,  lse = m_i * scale + ln l_i
 
-Source: FlashAttention-2, arXiv 2307.08691, algorithm 1. Later queries see more compressed keys: their tiles start first.
+Source: FlashAttention-2, arXiv 2307.08691, algorithm 1. The order of the keys does not matter to a softmax, so one loop serves
+both edges. Later queries see more compressed keys: their tiles start first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .banded_launch import forward_launch
-from .bands import BAND_ARGUMENTS, BandRule, band_start, band_stop, load_rows, query_shift
+from .bands import BAND_ARGUMENTS, BandRule, band_start, band_stop, edge_tile, inner_tiles, load_rows, query_shift
 from .items import tile_mask
 from .launch import device_of, power_of_two
 from .selected_forward import LN2, LOG2E
@@ -25,17 +26,18 @@ from .selected_forward import LN2, LOG2E
 
 @triton.jit
 def _attend(
-    acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, begin, end, start, stop, log2_scale,
+    acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, begin, lo, hi, tiles, start, stop, n_keys, log2_scale,
     DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin ... end - 1; unless MASKED, whole tiles that every row sees."""
+    """Online softmax over `tiles` tiles of keys from `begin` on; if MASKED, those between lo and hi are left out."""
     c = tl.arange(0, DK_PAD)
     e = tl.arange(0, DV_PAD)
-    for first in range(begin, end, KEYS):
+    for tile in range(0, tiles):
+        first = edge_tile(begin, lo, hi, tile, KEYS) if MASKED else begin + tile * KEYS
         key = first + tl.arange(0, KEYS)
-        k_tile = load_rows(k_base, key, k_stride_n, c, key < end, DK, DK_PAD, MASKED)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * log2_scale
+        k_tile = load_rows(k_base, key, k_stride_n, c, key < n_keys, DK, DK_PAD, MASKED)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if MASKED:
             seen = key[None, :] < stop[:, None]
             if WINDOW:
@@ -45,10 +47,11 @@ def _attend(
         m_safe = m_new
         if MASKED:  # a row that has seen no key yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_safe)
-        p = tl.exp2(s - m_safe[:, None])
+        reference = m_safe * log2_scale
+        alpha = tl.exp2(m_i * log2_scale - reference)
+        p = tl.exp2(s * log2_scale - reference[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
-        v_tile = load_rows(v_base, key, v_stride_n, e, key < end, DV, DV_PAD, MASKED)
+        v_tile = load_rows(v_base, key, v_stride_n, e, key < n_keys, DV, DV_PAD, MASKED)
         acc = acc * alpha[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
         m_i = m_new
     return acc, m_i, l_i
@@ -88,22 +91,22 @@ def _banded_forward_kernel(
     back = tl.minimum(tile * QUERIES + QUERIES, n_queries) - 1 + shift
     begin = band_start(front, window, WINDOW)
     end = band_stop(back, stride, last, prefix, n_keys)
+    lo, hi, edges = inner_tiles(
+        begin, end, band_start(back, window, WINDOW), band_stop(front, stride, last, prefix, n_keys), KEYS
+    )
     m_i = tl.full((ROWS,), float("-inf"), tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DV_PAD), tl.float32)
-    if not WINDOW:  # a window is a few tiles, half of them at an edge: three loops would cost more than the masks
-        whole = tl.maximum(band_stop(front, stride, last, prefix, n_keys), 0) // KEYS * KEYS
-        acc, m_i, l_i = _attend(
-            acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, begin, whole, start, stop, log2_scale,
-            DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, False,
-        )  # fmt: skip
-        begin = whole
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, begin, end, start, stop, log2_scale,
-        DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, True,
+        acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, lo, lo, hi, (hi - lo) // KEYS, start, stop, n_keys,
+        log2_scale, DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, False,
+    )  # fmt: skip
+    acc, m_i, l_i = _attend(
+        acc, m_i, l_i, q_tile, k_base, v_base, k_stride_n, v_stride_n, begin, lo, hi, edges, start, stop, n_keys,
+        log2_scale, DK, DV, DK_PAD, DV_PAD, KEYS, WINDOW, True,
     )  # fmt: skip
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    total = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
+    total = tl.where(l_i == 0.0, float("-inf"), (m_i * log2_scale + tl.log2(l_safe)) * LN2)
     target = (batch * hq + head) * n_queries + query
     acc = acc / l_safe[:, None]
     tl.store(out + target[:, None] * DV + e[None, :], acc.to(out.dtype.element_ty), mask=tile_mask(live, e, DV, DV_PAD))
@@ -117,7 +120,9 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rul
     lse = torch.empty((b, hq, n), dtype=torch.float32, device=q.device)
     if 0 in (b, hq, n, m):
         return out.zero_(), lse.fill_(float("-inf"))
-    launch = forward_launch(hq // hkv, dk, dv, q.dtype, device_of(q))
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+    launch = forward_launch(hq // hkv, dk, dv, q.dtype, device_of(q), rule.window is not None)
     _banded_forward_kernel[(-(-n // launch.queries) * b * (hq // launch.heads),)](
         q, k, v, out, lse, lse if rule.q_offsets is None else rule.q_offsets, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         n, m, *rule.arguments, scale * LOG2E, hq, hq // hkv,

@@ -50,6 +50,11 @@ class BandLaunch:
         return self.rows // self.heads
 
 
+def tile_heads(group: int) -> int:
+    """Query heads of a tile: the largest power of two, up to 16, that divides the group."""
+    return min(group & -group, 16)
+
+
 def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
     """Upper bound in bytes: Q, `stages` copies of K and V, P on its way to a dot."""
     return itemsize * (rows * dk + stages * keys * (dk + dv)) + 4 * rows * keys
@@ -65,26 +70,35 @@ def dkv_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, sta
     return itemsize * (keys + stages * rows) * (dk + dv) + stages * 8 * rows + 4 * rows * keys
 
 
-def forward_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> BandLaunch:
-    """The forward kernel's parameters."""
+def forward_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device, window: bool = False) -> BandLaunch:
+    """The forward kernel's parameters; `window`: a row sees a few tiles of keys, most of a tile's cost being latency."""
+    wide = _wide(dk, dv)
     if dtype == torch.float32:  # IEEE float32 dots run on the scalar units: small tiles, registers are scarce
         tile = 32, 32, 4, 1
-    elif _wide(dk, dv) <= 128:
-        tile = 128, 64, 8, 2
-    else:
+    elif wide > 128:
         tile = 128 if device.capability >= 90 else 64, 32, 8, 2
+    elif device.capability != 90:
+        tile = 128, 64, 8, 2
+    elif window:
+        tile = (128, 64, 8, 3) if wide <= 64 else (128, 32, 4, 3)
+    else:
+        tile = (128, 64, 4, 3) if wide <= 64 else (128, 64, 8, 3)
     return _fit(forward_shared_memory, group, dk, dv, dtype, device, *tile)
 
 
-def dq_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> BandLaunch:
-    """The dQ kernel's parameters."""
+def dq_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device, window: bool = False) -> BandLaunch:
+    """The dQ kernel's parameters; `window` as in `forward_launch`."""
     wide = _wide(dk, dv)
     if dtype == torch.float32:
         tile = 32, 16, 4, 1
     elif wide > 128:
         tile = 64, 32, 8, 2
-    else:
+    elif device.capability != 90:
         tile = 64 if wide > 64 and device.capability < 90 else 128, 64, 8, 2
+    elif wide <= 64:
+        tile = (64, 64, 4, 3) if window else (128, 64, 4, 3)
+    else:
+        tile = (64, 64, 4, 2) if window else (128, 64, 8, 3)
     return _fit(dq_shared_memory, group, dk, dv, dtype, device, *tile)
 
 
@@ -99,12 +113,12 @@ def dkv_launch(group: int, dk: int, dv: int, dtype: torch.dtype, device: Device,
         tile = 16, 32, 8 if wide > 64 else 4, 1
     elif wide > 128:
         tile = 32, 64, 8, 2 if device.capability < 100 else 1
+    elif device.capability == 90:
+        tile = (64, 128, 8, 3) if long else (32, 64, 4, 3) if wide > 64 else (64, 64, 4, 2)
     elif wide <= 64:
         tile = (64, 128, 8, 2) if long else (64, 64, 4, 2)
     elif device.capability < 90:  # mma.sync keeps its operands in registers
         tile = 32, 64, 8, 2
-    elif device.capability < 100:
-        tile = (32, 128, 8, 3) if long else (32, 64, 4, 2)
     else:  # two stages spill: tcgen05 results come back through registers
         tile = 64, 64, 8, 1
     return _fit(dkv_shared_memory, group, dk, dv, dtype, device, *tile)
@@ -155,4 +169,4 @@ def _fit(
             rows //= 2
         else:
             keys //= 2
-    return BandLaunch(rows, min(group & -group, 16), keys, warps, stages)
+    return BandLaunch(rows, tile_heads(group), keys, warps, stages)

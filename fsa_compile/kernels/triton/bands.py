@@ -96,9 +96,28 @@ def seen_until(key, shift, window, n_queries, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, row, stride, column, there, D: tl.constexpr, D_PAD: tl.constexpr, CHECKED: tl.constexpr):
-    """(rows, D_PAD): rows of a matrix; 0 where not `there` (not looked at unless CHECKED) and in padded columns."""
-    at = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+def inner_tiles(begin, end, inner_begin, inner_end, SIZE: tl.constexpr):
+    """Tiles of the interval begin ... end - 1 that lie within inner_begin ... inner_end - 1, and how many others there are.
+
+    Tiles start at `begin`, then, behind the inner ones, where these end: lo ... hi - 1 is made of whole inner tiles.
+    """
+    left = tl.cdiv(tl.minimum(tl.maximum(inner_begin - begin, 0), tl.maximum(end - begin, 0)), SIZE)
+    lo = begin + left * SIZE
+    hi = lo + tl.maximum(tl.minimum(inner_end, end) - lo, 0) // SIZE * SIZE
+    return lo, hi, left + tl.cdiv(tl.maximum(end - hi, 0), SIZE)
+
+
+@triton.jit
+def edge_tile(begin, lo, hi, tile, SIZE: tl.constexpr):
+    """First element of an edge tile: tiles from `begin` up to `lo`, then from `hi` on."""
+    first = begin + tile * SIZE
+    return tl.where(first < lo, first, first + hi - lo)
+
+
+@triton.jit
+def load_at(row, column, there, D: tl.constexpr, D_PAD: tl.constexpr, CHECKED: tl.constexpr):
+    """(rows, D_PAD): what the row pointers point to; 0 where not `there` (not looked at unless CHECKED) and in padded columns."""
+    at = row[:, None] + column[None, :]
     if CHECKED and D != D_PAD:
         tile = tl.load(at, mask=there[:, None] & (column < D)[None, :], other=0.0)
     elif CHECKED:
@@ -108,3 +127,9 @@ def load_rows(base, row, stride, column, there, D: tl.constexpr, D_PAD: tl.const
     else:
         tile = tl.load(at)
     return tile
+
+
+@triton.jit
+def load_rows(base, row, stride, column, there, D: tl.constexpr, D_PAD: tl.constexpr, CHECKED: tl.constexpr):
+    """`load_at` of rows of a matrix."""
+    return load_at(base + row.to(tl.int64) * stride, column, there, D, D_PAD, CHECKED)
