@@ -30,7 +30,13 @@ from torch import Tensor
 from fsa_compile.kernels import ops
 from fsa_compile.kernels.reference import RULES
 
-__all__ = ["compressed_attention", "selected_attention", "sliding_window_attention"]
+__all__ = [
+    "compressed_attention",
+    "select_blocks",
+    "select_blocks_by_max",
+    "selected_attention",
+    "sliding_window_attention",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -196,6 +202,128 @@ def sliding_window_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     result = ops.sliding_window_attention(q, k, v, window, scale, offset, offsets)
     return result if return_lse else result[0]
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    stride: int,
+    kernel_size: int,
+    block_size: int,
+    n_keys: int,
+    top_k: int,
+    n_init: int = 1,
+    n_local: int = 2,
+    last: int | None = None,
+    prefix: int = 0,
+    scale: float | None = None,
+    q_offset: int | Tensor = 0,
+) -> Tensor:
+    """The blocks of tokens that matter most to each query by its compressed attention (arXiv 2502.11089, section 3.3.2).
+
+    The score of a block is the sum, over the query heads that share a key head and over the compressed keys, of the key's
+    probability times the number of strides of tokens that key and block share. Forced blocks count in `top_k`: the first
+    `n_init` and the last `n_local` up to the query's own. Of equal scores the lower block wins. Not differentiable.
+
+    Args:
+        q: Queries (b, hq, n, dk), float16, bfloat16, float32 or float64.
+        k_cmp: Compressed keys (b, hkv, c, dk), q's dtype and device.
+        lse: Log-sum-exp that `compressed_attention` returned for them, (b, hq, n), float32 or float64.
+        stride: Tokens between the starts of neighbouring compressed keys, at least 1.
+        kernel_size: Tokens that a compressed key summarises, at least 1.
+        block_size: Tokens per block, at least 1.
+        n_keys: Number of tokens; blocks past the last one are never chosen.
+        top_k: Blocks to choose, at least n_init + n_local.
+        n_init: Blocks at the beginning that every query gets.
+        n_local: Blocks at the query that it always gets, its own included.
+        last: As in `compressed_attention`; kernel_size - 1 by default.
+        prefix: As in `compressed_attention`; these keys count for no block.
+        scale: Multiplies the logits; dk ** -0.5 by default.
+        q_offset: Position of query 0, int or (b,).
+
+    Returns:
+        Block numbers (b, hkv, n, top_k), int32, ascending; -1 fills the end of lists of queries with fewer blocks.
+
+    Raises:
+        TypeError: A dtype that is none of those named above.
+        ValueError: Any other argument that is not as described.
+
+    Example:
+        >>> q, tokens = torch.randn(1, 4, 256, 16), torch.randn(1, 2, 256, 16)
+        >>> k = v = tokens.unfold(2, 32, 16).mean(-1)
+        >>> out, lse = compressed_attention(q, k, v, stride=16, last=31, return_lse=True)
+        >>> blocks = select_blocks(q, k, lse, stride=16, kernel_size=32, block_size=32, n_keys=256, top_k=4)
+        >>> blocks.shape, blocks[0, 0, 40].tolist()  # block 1 is query 40's own, and it has no others
+        (torch.Size([1, 2, 256, 4]), [0, 1, -1, -1])
+    """
+    _check_operands("k_cmp", "k_cmp", q, k_cmp, k_cmp)
+    for name, value in (("stride", stride), ("kernel_size", kernel_size)):
+        _check_size(name, value, 1)
+    for name, value in (("prefix", prefix), ("n_keys", n_keys)):
+        _check_size(name, value, 0)
+    _check_choice(block_size, top_k, n_init, n_local)
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lse must be float32 or float64, got {lse.dtype}.")
+    if lse.shape != q.shape[:3] or lse.device != q.device:
+        raise ValueError(f"lse must be {tuple(q.shape[:3])} on {q.device}, got {tuple(lse.shape)} on {lse.device}.")
+    if q_offset is None:
+        raise ValueError("q_offset must be an int or a (b,) tensor: compressed keys do not tell where the queries stand.")
+    offset, offsets = _split_offset(q_offset, q)
+    return ops.select_blocks(
+        q, k_cmp, lse, q.shape[-1] ** -0.5 if scale is None else scale, stride, kernel_size - 1 if last is None else last, prefix,
+        kernel_size, block_size, n_keys, top_k, n_init, n_local, 0 if offset is None else offset, offsets,
+    )  # fmt: skip
+
+
+def select_blocks_by_max(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    n_init: int = 0,
+    n_local: int = 1,
+    q_offset: int | Tensor | None = None,
+) -> Tensor:
+    """The blocks of keys that hold the largest logits of each query head: the indexer of MiniMax-M3.
+
+    The score of a block is the largest ``q . k`` of its keys up to the query's position. Forced blocks and ties are those of
+    `select_blocks`; every query head has a list of its own. Not differentiable.
+
+    Args:
+        q: Indexer queries (b, hq, n, dk), float16, bfloat16, float32 or float64.
+        k: Indexer keys (b, hkv, m, dk), q's dtype and device.
+        block_size: Keys per block, at least 1; the last block may be short.
+        top_k: Blocks to choose, at least n_init + n_local.
+        n_init: Blocks at the beginning that every query gets.
+        n_local: Blocks at the query that it always gets, its own included.
+        q_offset: Position of query 0, int or (b,); m - n by default.
+
+    Returns:
+        Block numbers (b, hq, n, top_k), int32, ascending; -1 fills the end of lists of queries with fewer blocks.
+
+    Raises:
+        TypeError: A dtype that is none of those named above.
+        ValueError: Any other argument that is not as described.
+
+    Example:
+        >>> q, k = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16)
+        >>> select_blocks_by_max(q, k, block_size=8, top_k=3)[0, :, 10].tolist()
+        [[0, 1, -1], [0, 1, -1]]
+    """
+    _check_operands("k", "k", q, k, k)
+    _check_choice(block_size, top_k, n_init, n_local)
+    offset, offsets = _split_offset(q_offset, q)
+    return ops.select_blocks_by_max(q, k, block_size, top_k, n_init, n_local, offset, offsets)
+
+
+def _check_choice(block_size: int, top_k: int, n_init: int, n_local: int) -> None:
+    for name, value, least in (("block_size", block_size, 1), ("n_init", n_init, 0), ("n_local", n_local, 0)):
+        _check_size(name, value, least)
+    if top_k < max(1, n_init + n_local):
+        raise ValueError(f"top_k must be at least 1 and n_init + n_local = {n_init + n_local}, got {top_k}.")
 
 
 def _check_operands(k_name: str, v_name: str, q: Tensor, k: Tensor, v: Tensor) -> None:

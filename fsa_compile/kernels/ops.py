@@ -7,8 +7,8 @@
 | ``fsa::sliding_window_attention(q, k, v, window, scale, q_offset=None, q_offsets=None)`` | out, lse |
 
 Each has a backward op of its own, ``fsa::..._backward(dout, dlse, q, k, v, out, lse, <the other arguments>)`` -> dq, dk, dv, so
-that AOTAutograd sees two opaque nodes. Tensors are (b, h, n, d) in any strides and every result is contiguous. `reference`
-says what the ops mean; `fsa_compile.ops` holds the checked callables for people.
+that AOTAutograd sees two opaque nodes. The ops that choose blocks are in `select_ops`. Tensors are (b, h, n, d) in any strides and
+every result is contiguous. `reference` says what the ops mean; `fsa_compile.ops` holds the checked callables for people.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fsa_compile.kernels import cpu, cpu_selected
+from fsa_compile.kernels.calls import default_offset, full_precision
+from fsa_compile.kernels.select_ops import select_blocks, select_blocks_by_max
 
-# Note [Positions]
-# Query i stands at position i + offset. The offset is an int (`q_offset`, symbolic under dynamic shapes) or one integer per
-# batch row (`q_offsets`, which wins). The default None means m - n and is resolved inside of the op, where sizes are numbers.
-
-
-def _offset(q_offset: int | None, q: Tensor, k: Tensor) -> int:
-    return k.shape[2] - q.shape[2] if q_offset is None else q_offset
-
-
-def _full_precision(q: Tensor) -> torch.autocast:
-    """Autocast off: it would narrow the float32 statistics and partial results."""
-    return torch.autocast(q.device.type, enabled=False)
+__all__ = [
+    "compressed_attention",
+    "compressed_attention_backward",
+    "select_blocks",
+    "select_blocks_by_max",
+    "selected_attention",
+    "selected_attention_backward",
+    "sliding_window_attention",
+    "sliding_window_attention_backward",
+]
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,9 +91,9 @@ def selected_attention(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over listed blocks of keys: `reference.selected_attention`."""
-    with _full_precision(q):
+    with full_precision(q):
         return cpu_selected.selected_attention_forward(
-            q, k, v, indices, block_size, scale, rule, _offset(q_offset, q, k), q_offsets
+            q, k, v, indices, block_size, scale, rule, default_offset(q_offset, q, k), q_offsets
         )
 
 
@@ -120,9 +120,9 @@ def selected_attention_backward(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `selected_attention` for q, k and v."""
-    with _full_precision(q):
+    with full_precision(q):
         return cpu_selected.selected_attention_backward(
-            dout, dlse, q, k, v, out, lse, indices, block_size, scale, rule, _offset(q_offset, q, k), q_offsets
+            dout, dlse, q, k, v, out, lse, indices, block_size, scale, rule, default_offset(q_offset, q, k), q_offsets
         )
 
 
@@ -150,8 +150,8 @@ def _(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernel = _cuda_kernel("selected_attention_forward", q, k, v, indices, block_size)
-    with _full_precision(q):
-        return kernel(q, k, v, indices, block_size, scale, rule, _offset(q_offset, q, k), q_offsets)
+    with full_precision(q):
+        return kernel(q, k, v, indices, block_size, scale, rule, default_offset(q_offset, q, k), q_offsets)
 
 
 @selected_attention_backward.register_kernel("cuda")
@@ -171,9 +171,9 @@ def _(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _cuda_kernel("selected_attention_backward", q, k, v, indices, block_size)
-    with _full_precision(q):
+    with full_precision(q):
         return kernel(
-            dout, dlse, q, k, v, out, lse, indices, block_size, scale, rule, _offset(q_offset, q, k), q_offsets
+            dout, dlse, q, k, v, out, lse, indices, block_size, scale, rule, default_offset(q_offset, q, k), q_offsets
         )
 
 
@@ -192,7 +192,7 @@ def _cuda_banded(
     **rule: Any,
 ) -> tuple[Tensor, ...]:
     """The Triton kernel `name` under `rule` where triton is installed and takes `qkv`, else the blocked path over `band`."""
-    with _full_precision(qkv[0]):
+    with full_precision(qkv[0]):
         try:
             from fsa_compile.kernels.triton import banded_attention as kernels
         except ModuleNotFoundError as error:
@@ -226,7 +226,7 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over compressed keys that ended by the query's position: `reference.compressed_attention`."""
     band = cpu.compressed_band(q.shape[2], k_cmp.shape[2], stride, last, prefix, q_offset, q_offsets)
-    with _full_precision(q):
+    with full_precision(q):
         return cpu.banded_attention_forward(q, k_cmp, v_cmp, band, scale)
 
 
@@ -253,7 +253,7 @@ def compressed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `compressed_attention` for q, k_cmp and v_cmp."""
     band = cpu.compressed_band(q.shape[2], k_cmp.shape[2], stride, last, prefix, q_offset, q_offsets)
-    with _full_precision(q):
+    with full_precision(q):
         return cpu.banded_attention_backward(dout, dlse, q, k_cmp, v_cmp, out, lse, band, scale)
 
 
@@ -322,8 +322,8 @@ def sliding_window_attention(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last `window` keys: `reference.sliding_window_attention`."""
-    band = cpu.sliding_window_band(q.shape[2], k.shape[2], window, _offset(q_offset, q, k), q_offsets)
-    with _full_precision(q):
+    band = cpu.sliding_window_band(q.shape[2], k.shape[2], window, default_offset(q_offset, q, k), q_offsets)
+    with full_precision(q):
         return cpu.banded_attention_forward(q, k, v, band, scale)
 
 
@@ -347,8 +347,8 @@ def sliding_window_attention_backward(
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `sliding_window_attention` for q, k and v."""
-    band = cpu.sliding_window_band(q.shape[2], k.shape[2], window, _offset(q_offset, q, k), q_offsets)
-    with _full_precision(q):
+    band = cpu.sliding_window_band(q.shape[2], k.shape[2], window, default_offset(q_offset, q, k), q_offsets)
+    with full_precision(q):
         return cpu.banded_attention_backward(dout, dlse, q, k, v, out, lse, band, scale)
 
 
@@ -362,7 +362,7 @@ def _(
     q_offset: int | None = None,
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    offset = _offset(q_offset, q, k)
+    offset = default_offset(q_offset, q, k)
     return _cuda_banded(
         "banded_attention_forward", (q, k, v), (q, k, v), scale,
         lambda: cpu.sliding_window_band(q.shape[2], k.shape[2], window, offset, q_offsets),
@@ -384,7 +384,7 @@ def _(
     q_offset: int | None = None,
     q_offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    offset = _offset(q_offset, q, k)
+    offset = default_offset(q_offset, q, k)
     return _cuda_banded(
         "banded_attention_backward", (dout, dlse, q, k, v, out, lse), (q, k, v), scale,
         lambda: cpu.sliding_window_band(q.shape[2], k.shape[2], window, offset, q_offsets),

@@ -165,3 +165,97 @@ def sliding_window_attention(
     n, m = q.shape[2], k.shape[2]
     positions = query_positions(n, m - n if q_offset is None else q_offset, q_offsets, q.device)
     return masked_attention(q, k, v, sliding_window_visibility(positions, m, window), scale)
+
+
+def block_overlap(c: int, blocks: int, stride: int, kernel_size: int, block_size: int, device: torch.device) -> Tensor:
+    """How often each compressed key counts for each block of tokens, (c, blocks) float64.
+
+    Key j summarises the tokens ``j * stride ... j * stride + kernel_size - 1``; it counts for a block as many times as strides
+    fit into the tokens that they share. Equation 9 of arXiv 2502.11089 is this with block_size and kernel_size multiples of stride
+    (read with 0-based indices it is three keys off; the overlap is what it means).
+    """
+    first = torch.arange(c, device=device)[:, None] * stride
+    begin = torch.arange(blocks, device=device) * block_size
+    shared = torch.minimum(first + kernel_size, begin + block_size) - torch.maximum(first, begin)
+    return shared.clamp(min=0).double() / stride
+
+
+def best_blocks(scores: Tensor, positions: Tensor, block_size: int, top_k: int, n_init: int, n_local: int) -> Tensor:
+    """The blocks that each query attends to: forced ones and the best of the others, (b, h, n, top_k) int32, ascending, -1 last.
+
+    Block j can be chosen iff ``j * block_size <= position``. The first `n_init` and the last `n_local` of these are forced, the
+    query's own block being the last; they count in `top_k`. Of equal scores the lower block wins.
+
+    Args:
+        scores: (b, h, n, blocks), any floating dtype; those of forced blocks do not matter.
+        positions: From `query_positions`, (b or 1, n).
+        block_size: Tokens per block.
+        top_k: Blocks to choose, at least n_init + n_local.
+        n_init, n_local: Forced blocks at the beginning and at the query.
+    """
+    blocks = scores.shape[-1]
+    block = torch.arange(blocks, device=scores.device)
+    own = positions.div(block_size, rounding_mode="floor")[:, None, :, None]
+    forced = (block < n_init) | (block > own - n_local)
+    finite = torch.finfo(scores.dtype)
+    ranked = scores.clamp(finite.min, finite.max).masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    ranked, chosen = ranked.sort(dim=-1, descending=True, stable=True)
+    chosen = chosen.masked_fill(ranked == -torch.inf, blocks)[..., :top_k].sort(-1).values
+    chosen = chosen.masked_fill(chosen == blocks, -1)
+    return torch.nn.functional.pad(chosen, (0, top_k - chosen.shape[-1]), value=-1).to(torch.int32)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    scale: float,
+    stride: int,
+    last: int,
+    prefix: int,
+    kernel_size: int,
+    block_size: int,
+    n_keys: int,
+    top_k: int,
+    n_init: int,
+    n_local: int,
+    q_offset: int = 0,
+    q_offsets: Tensor | None = None,
+) -> Tensor:
+    """`best_blocks` by the compressed probabilities of a group's query heads, counted by `block_overlap`; the prefix counts nothing.
+
+    The probabilities are ``exp(logit - lse)``, with the lse that `compressed_attention` returns.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (b, hq, n, _), (hkv, c) = q.shape, k_cmp.shape[1:3]
+    positions = query_positions(n, q_offset, q_offsets, q.device)
+    visible = compressed_visibility(positions, c, stride, last, prefix)
+    keys = k_cmp.to(compute).repeat_interleave(hq // hkv, dim=1)
+    logits = (q.to(compute) @ keys.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).unflatten(1, (hkv, -1)).sum(2)
+    overlap = block_overlap(max(c - prefix, 0), -(-n_keys // block_size), stride, kernel_size, block_size, q.device)
+    return best_blocks(weights[..., prefix:] @ overlap.to(compute), positions, block_size, top_k, n_init, n_local)
+
+
+def select_blocks_by_max(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    top_k: int,
+    n_init: int,
+    n_local: int,
+    q_offset: int | None = None,
+    q_offsets: Tensor | None = None,
+) -> Tensor:
+    """`best_blocks` by the largest logit of a block's visible keys, for each query head: MiniMax-M3's indexer.
+
+    The default offset is m - n.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (b, hq, n, _), (hkv, m) = q.shape, k.shape[1:3]
+    positions = query_positions(n, m - n if q_offset is None else q_offset, q_offsets, q.device)
+    logits = q.to(compute) @ k.to(compute).repeat_interleave(hq // hkv, dim=1).transpose(-1, -2)
+    logits = logits.masked_fill(torch.arange(m, device=q.device) > positions[:, None, :, None], -torch.inf)
+    short = -m % block_size
+    scores = torch.nn.functional.pad(logits, (0, short), value=-torch.inf).unflatten(-1, (-1, block_size)).amax(-1)
+    return best_blocks(scores, positions, block_size, top_k, n_init, n_local)
