@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 CUT_TARGETS = frozenset(
     "linear conv1d conv2d conv3d embedding layer_norm group_norm batch_norm rms_norm cross_entropy".split()
@@ -74,11 +74,11 @@ _ENTER = re.compile(r"_(vmap|grad|jvp|func)_increment_nesting|_enter_dual_level"
 _LEAVE = re.compile(r"_(vmap|grad|jvp|func)_decrement_nesting|_exit_dual_level")
 
 
-def transformed(gm: GraphModule) -> dict[Node, str]:
+def transformed(graph: Graph) -> dict[Node, str]:
     """The nodes inside of functorch transforms (`vmap`, `grad`, ...), with the name of the outermost one."""
     out: dict[Node, str] = {}
     entered: list[str] = []
-    for n in gm.graph.nodes:
+    for n in graph.nodes:
         name = target_name(n)
         enters = _ENTER.match(name)
         if enters:

@@ -48,9 +48,33 @@ class FormView:
         """How many key indices the softmax runs over, as it was when the graph was traced."""
         return self.reader.sizes.hint(self.form.width)
 
-    def causal(self, p: Expr) -> Expr:
-        """The formula "key position p is not after the query"."""
-        return x.at_least(self.form.i, p)
+    def causal(self, p: Expr, first: Expr = x.ZERO) -> Expr:
+        """The formula "key position p is not after the query", for a query 0 that stands at position `first`."""
+        return x.at_least(x.plus(self.form.i, first), p)
+
+    def first_positions(self) -> list[tuple[Expr, int | None]]:
+        """Where query 0 may stand among the keys: the position, and what an op takes for it (None: its default, m - n).
+
+        A chunk of queries, or the last ones, is compared with the keys as ``j <= i + first``: every such comparison in the mask
+        names a candidate. Position 0 is always one, and the last.
+        """
+        found: list[tuple[Expr, int | None]] = []
+        spare = self.keys - self.queries
+        i = x.as_var(self.form.i)
+        for t in x.walk(self.form.visible) if spare > 0 else ():
+            if t.op != "ge" or i is not None and dict(t.args[0].args[1]).get(i) != 1:
+                continue
+            constant, terms = t.args[0].args
+            first = x.integer(constant)
+            for atom, k in terms:
+                if atom.op == "size":
+                    first = x.plus(first, x.times(x.poly(atom), k))
+            number = x.constant(first)
+            if number is not None and 0 < number <= spare and (first, number) not in found:
+                found.append((first, number))
+            elif number is None and first is x.minus(self.form.keys, self.form.sizes[2]) and (first, None) not in found:
+                found.append((first, None))
+        return [*found, (x.ZERO, 0)]
 
     def data_dependent(self) -> bool:
         """Whether visibility or key positions depend on run-time values."""

@@ -212,6 +212,8 @@ class Surroundings:
     def __init__(self, graph: Graph) -> None:
         self.order = {n: p for p, n in enumerate(graph.nodes)}
         self.written = dg.written_storages(graph.nodes)
+        opaque = dg.transformed(graph)
+        self.unseen = dg.written_storages(n for n in graph.nodes if n in opaque or dg.is_higher_order(n) and not dg.is_flex(n))
         self.modes = _grad_modes(graph)
 
     def allow(self, placement: Placement) -> None:
@@ -226,6 +228,7 @@ class Surroundings:
                 text = f"{n.name} is computed after the attention that needs it"
                 raise Refusal(ReasonKind.OPERANDS, text, source=dg.source_of(n))
         self._not_written(output, (*operands, *placement.data.values()))
+        self._seen_as_written(output)
         path = _between(operands, output)
         for n in sorted(path, key=self.order.__getitem__):
             if self.modes[n] != self.modes[output]:
@@ -239,6 +242,16 @@ class Surroundings:
             if writer is not None and (self.order[writer] > self.order[output] or n is output):
                 text = f"{n.name} is written in place by {dg.target_name(writer)}"
                 raise Refusal(ReasonKind.MUTATION, text, source=dg.source_of(writer))
+
+
+    def _seen_as_written(self, output: Node) -> None:
+        """What is written inside of calls that the shadow does not hold has one value there: nothing may read an older one."""
+        for n in dg.ancestors((output,), frozenset()) if self.unseen else ():
+            for a in dg.inputs(n):
+                writer = self.unseen.get(dg.storage(a) or -1)
+                if writer is not None and self.order[n] < self.order[writer] and dg.storage(n) != dg.storage(a):
+                    text = f"{a.name} is read and then written in place by {dg.target_name(writer)}, where the analysis does not look"
+                    raise Refusal(ReasonKind.MUTATION, text, source=dg.source_of(writer))
 
 
 def _between(operands: tuple[Node, ...], output: Node) -> set[Node]:

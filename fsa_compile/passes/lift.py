@@ -77,10 +77,10 @@ def _virtual(r: Reader, n: Node) -> Iterator[Anchor]:
     if len(shape) == 4:
         o = fresh(shape)
         yield Anchor(n, shape, o, o)
-    elif len(shape) == 3:
-        sizes = (x.ONE, *shape)
-        o = fresh(sizes)
-        yield Anchor(n, sizes, o, o[1:])
+    elif len(shape) in (2, 3):
+        ones = (x.ONE,) * (4 - len(shape))
+        o = fresh((*ones, *shape))
+        yield Anchor(n, (*ones, *shape), o, o[len(ones) :])
     elif len(shape) == 5:  # grouped heads: (b, h, g, n, d) and (b, n, h, g, d)
         for k in (1, 2):
             sizes = (*shape[:k], x.times(shape[k], shape[k + 1]), *shape[k + 2 :])

@@ -51,7 +51,7 @@ class Repeated:
 def attention_parts(gm: GraphModule) -> list[Part]:
     """The parts of a graph, in the order of their first own nodes; empty if nothing looks like attention."""
     # A transform's body is computed on tensors that are not what they look like, by ops that must not be replaced there.
-    transformed = dg.transformed(gm)
+    transformed = dg.transformed(gm.graph)
     cuts = {n for n in gm.graph.nodes if n in transformed or _cuts(n)}
     below = _below_softmaxes(gm, cuts)
     if not below:
@@ -63,7 +63,28 @@ def attention_parts(gm: GraphModule) -> list[Part]:
         owns, wanted = [set().union(*owns)], [set().union(*wanted)]
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     calls = [(n for n in w if dg.is_call(n) and n not in cuts and not dg.switches_mode(n)) for w in wanted]
-    return [Part(tuple(sorted(nodes, key=order.__getitem__)), frozenset(own)) for nodes, own in zip(calls, owns)]
+    parts = [Part(tuple(sorted(nodes, key=order.__getitem__)), frozenset(own)) for nodes, own in zip(calls, owns)]
+    return [_nearby(part, written) for part in parts]
+
+
+NODES, NODES_EACH = 1500, 500
+"""What a part may have, and what each softmax in it adds: tracing thousands of nodes of other arithmetic would take minutes."""
+
+
+def _nearby(part: Part, written: dict[int, list[Node]]) -> Part:
+    """The nodes of a part that are nearest to its softmaxes, if there are too many; results of the others become inputs."""
+    nodes = set(part.nodes)
+    near = {n for n in part.nodes if dg.target_name(n) in dg.SOFTMAX_TARGETS}
+    most = NODES + NODES_EACH * len(near)
+    # The values of a tensor that is written are told apart by tracing all writes.
+    if len(nodes) <= most or any(dg.storage(n) in written for n in part.nodes):
+        return part
+    ring = list(near)
+    while ring and len(near) < most:
+        around = {a for n in ring for a in (*dg.inputs(n), *n.users) if a in nodes and a not in near}
+        ring = sorted(around, key=part.nodes.index)[: most - len(near)] if len(near) + len(around) > most else list(around)
+        near.update(ring)
+    return Part(tuple(n for n in part.nodes if n in near), part.own & near)
 
 
 MOST_OVERLAP = 3
@@ -227,6 +248,6 @@ def to_trace(gm: GraphModule, parts: Iterable[Part]) -> tuple[list[Node], list[N
     """``(calls, inputs)``, both in graph order: the nodes of some parts with all switches of modes, and what they depend on."""
     held = {n for part in parts for n in part.nodes}
     needed = {a for n in held for a in dg.inputs(n)} - held
-    transformed = dg.transformed(gm)
+    transformed = dg.transformed(gm.graph)
     calls = [n for n in gm.graph.nodes if n in held or dg.switches_mode(n) and n not in transformed]
     return calls, [n for n in gm.graph.nodes if n in needed]

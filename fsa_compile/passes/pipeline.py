@@ -159,8 +159,13 @@ def _place(shadow: Shadow, name: str) -> tuple[str, str | None]:
 def _notes(gm: GraphModule) -> list[str]:
     """Barriers that the user may want to know of."""
     out = []
+    transformed = dg.transformed(gm.graph)
     for n in gm.graph.nodes:
-        if n.op == "call_function" and dg.is_higher_order(n) and "checkpoint" not in str(n.target) and not dg.is_flex(n):
+        if n in transformed:
+            if dg.target_name(n) in dg.SOFTMAX_TARGETS:
+                advice = ": write the batch as a dimension" if transformed[n] == "vmap" else ""
+                out.append(f"{dg.source_of(n)}: attention inside of torch.func.{transformed[n]} is not looked at{advice}")
+        elif n.op == "call_function" and dg.is_higher_order(n) and "checkpoint" not in str(n.target) and not dg.is_flex(n):
             out.append(f"{dg.source_of(n)}: {n.target} is left whole; attention inside of it is not looked at")
         elif dg.target_name(n) in dg.WHOLE:
             out.append(f"{dg.source_of(n)}: {dg.target_name(n)} is one call; attention inside of it is not looked at")

@@ -45,15 +45,31 @@ def _no_kernel(form: FormView, device: torch.device, dtype: torch.dtype, block_s
     return None if why is None else Reason(ReasonKind.UNPROFITABLE, f"no kernel for this case: {why}")
 
 
+_LAST = "m - n"
+
+
+def _offset(offset: int | None) -> dict[str, int | str]:
+    """The parameter ``q_offset``: where query 0 stands if not at key 0; "m - n" puts the last query at the last key."""
+    return {} if offset == 0 else {"q_offset": _LAST if offset is None else offset}
+
+
+def _q_offset(parameters: Mapping[str, Any]) -> int | None:
+    """The argument of an op."""
+    offset = parameters.get("q_offset", 0)
+    return None if offset == _LAST else offset
+
+
 class Causal(Pattern):
-    """Query i sees keys 0 to i."""
+    """Query i sees keys 0 to its own position."""
 
     name = "causal"
     rewrites = False
 
     def match(self, form: FormView) -> Iterable[Candidate]:
         if form.dense and not form.data_dependent():
-            yield Candidate("causal", {}, form.causal, witnesses=(form.query,))
+            for first, offset in form.first_positions():
+                position = x.plus(form.query, first)
+                yield Candidate("causal", _offset(offset), lambda p, first=first: form.causal(p, first), witnesses=(position,))
 
 
 class Full(Pattern):
@@ -76,27 +92,30 @@ class SlidingWindow(Pattern):
     def match(self, form: FormView) -> Iterable[Candidate]:
         if form.data_dependent():
             return
-        window = self._width_of_last_row(form)
-        if window is None or form.dense and window == form.keys:
-            return
-
-        def visible(p: Expr) -> Expr:
-            return x.conj(form.causal(p), x.less(x.minus(form.query, p), x.integer(window)))
-
         affine = affine_key(form)
-        index = () if affine is None else (x.times(x.minus(form.query, affine[1]), affine[2]),)
-        yield Candidate("sliding_window", {"window": window}, visible, witnesses=index)
+        for first, offset in form.first_positions():
+            window = self._width_of_last_row(form, form.reader.sizes.hint(first))
+            if window is None or form.dense and window == form.keys:
+                continue
+            position = x.plus(form.query, first)
 
-    def _width_of_last_row(self, form: FormView) -> int | None:
+            def visible(p: Expr, position: Expr = position, window: int = window) -> Expr:
+                return x.conj(x.at_least(position, p), x.less(x.minus(position, p), x.integer(window)))
+
+            index = () if affine is None else (x.times(x.minus(position, affine[1]), affine[2]),)
+            yield Candidate("sliding_window", {"window": window, **_offset(offset)}, visible, witnesses=index)
+
+    def _width_of_last_row(self, form: FormView, offset: int) -> int | None:
         last = form.queries - 1
         if last < 0:
             return None
         if not form.dense:
             return sum(form.sees(last, k) for k in range(form.width)) or None
-        if last >= form.width:
+        position = last + offset
+        if position >= form.width:
             return None
-        first = first_true(last + 1, lambda k: form.sees(last, k))
-        return None if first is None else last - first + 1
+        first = first_true(position + 1, lambda k: form.sees(last, k))
+        return None if first is None else position - first + 1
 
     def pays(self, form: FormView, candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Reason | None:
         window, n = candidate.parameters["window"], form.queries
@@ -105,7 +124,8 @@ class SlidingWindow(Pattern):
         return _no_kernel(form, device, dtype)
 
     def build(self, candidate: Candidate, t: Tensors) -> Any:
-        return torch.ops.fsa.sliding_window_attention(t.q, t.k, t.v, candidate.parameters["window"], t.scale, 0)
+        p = candidate.parameters
+        return torch.ops.fsa.sliding_window_attention(t.q, t.k, t.v, p["window"], t.scale, _q_offset(p))
 
 
 class Compressed(Pattern):
@@ -217,35 +237,49 @@ class Selected(Pattern):
     def _candidates(
         self, form: FormView, segments: tuple[Segment, ...], block_size: int, index: Mapping[Expr, Expr]
     ) -> Iterator[Candidate]:
-        """One candidate per causal rule, for a list of blocks."""
+        """Candidates for a list of blocks."""
+        for first, offset in form.first_positions():
+            yield from self._standing_at(form, segments, block_size, index, first, offset)
+
+    def _standing_at(
+        self,
+        form: FormView,
+        segments: tuple[Segment, ...],
+        block_size: int,
+        index: Mapping[Expr, Expr],
+        first: Expr,
+        offset: int | None,
+    ) -> Iterator[Candidate]:
+        """One candidate per causal rule, for queries from position `first` on."""
         i, heads = form.query, form.form
+        position = x.plus(i, first)
         parts = [e for s in segments for e in (s.entry, s.valid)]
         if x.as_var(i) is not None and not any(x.as_var(i) in e.free for e in parts):
             raise Refusal(ReasonKind.MASK, "one selection serves all queries: that is not selected attention")
-        own = x.floordiv(i, block_size)
+        own = x.floordiv(position, block_size)
         facts, picks = order_facts(form.reader, parts, own)
         head = x.as_var(heads.h)
         shared = heads.groups == 1 or head is None
         if not shared:
-            first = {head: x.times(x.floordiv(heads.h, heads.groups), heads.groups)}
-            shared = all(x.substitute(e, first) is e for e in parts)
+            leader = {head: x.times(x.floordiv(heads.h, heads.groups), heads.groups)}
+            shared = all(x.substitute(e, leader) is e for e in parts)
 
         def causal(p: Expr) -> Expr:
-            return form.causal(p)
+            return form.causal(p, first)
 
         def listed_only(p: Expr) -> Expr:
             return x.TRUE
 
         def diagonal(p: Expr) -> Expr:
-            return x.implies(x.equal(x.floordiv(p, block_size), own), form.causal(p))
+            return x.implies(x.equal(x.floordiv(p, block_size), own), form.causal(p, first))
 
         def listed(p: Expr) -> Expr:
             block = x.floordiv(p, block_size)
             return x.disj(*(_holds(s, block) for s in segments))
 
-        inside = x.mod(i, block_size)
+        inside = x.mod(position, block_size)
         if form.dense:
-            witnesses = (i, x.ZERO, *(x.times(first, block_size) for first, _ in picks))
+            witnesses = (position, x.ZERO, *(x.times(pick, block_size) for pick, _ in picks))
         else:
             last = x.minus(form.form.width, block_size)
             witnesses = (*(x.plus(x.times(w, block_size), inside) for _, w in picks), x.ZERO, x.plus(last, inside))
@@ -253,6 +287,7 @@ class Selected(Pattern):
         every = chosen == -(-form.keys // block_size) and not picks
         parameters = {
             "block_size": block_size, **({} if every else {"top_k": chosen}), "per": "kv head" if shared else "query head",
+            **_offset(offset),
         }  # fmt: skip
         for rule, order in (("causal", causal), ("listed", listed_only), ("diagonal", diagonal)):
             yield Candidate(
@@ -272,7 +307,7 @@ class Selected(Pattern):
 
     def build(self, candidate: Candidate, t: Tensors) -> Any:
         p = candidate.parameters
-        return torch.ops.fsa.selected_attention(t.q, t.k, t.v, t.indices, p["block_size"], t.scale, p["rule"], 0)
+        return torch.ops.fsa.selected_attention(t.q, t.k, t.v, t.indices, p["block_size"], t.scale, p["rule"], _q_offset(p))
 
 
 def slots(segment: Segment) -> Expr:

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 import fsa_compile
 from fsa_compile.report import Report, Verdict
 
-from . import additive, block_map, compressed, dense_layouts, dense_mask, gathered, layer, products, sdpa, window
+from . import (
+    additive, block_map, compressed, dense_layouts, dense_mask, gathered, layer, loops, named_axes, products, sdpa, window,
+)  # fmt: skip
 from .lookalikes import LOOKALIKES, LookAlike
 from .spelling import Kind, Mutant, Problem, Spelling
 
 SEED = 2
 TOLERANCE = 1e-5
-FAMILIES = (dense_mask, block_map, dense_layouts, sdpa, gathered, products, additive, window, compressed, layer)
+FAMILIES = (
+    dense_mask, block_map, dense_layouts, sdpa, gathered, products, loops, named_axes, additive, window, compressed, layer,
+)  # fmt: skip
 SPELLINGS = tuple(spelling for family in FAMILIES for spelling in family.SPELLINGS)
 PAIRS = tuple((spelling, mutant) for spelling in SPELLINGS for mutant in spelling.mutants)
 OPTIONS = {"inner": "aot_eager", "profit": "always", "strict": True}
