@@ -93,7 +93,9 @@ class Original:
         for body in self.bodies.values():
             body.forget_metadata()
 
-    def cut(self, name: str, placement: Placement, emitted: Sequence[Node], result: Node, replaced: Mapping[Node, Node]) -> Region:
+    def cut(
+        self, name: str, placement: Placement, emitted: Sequence[Node], result: Node, replaced: Mapping[Node, Node]
+    ) -> Region:
         """The region of one site.
 
         Args:
