@@ -35,7 +35,7 @@ SPELLINGS = """## Spellings
 
 The table of `tests/spellings`. A mutant is a spelling with one integer, comparison or axis changed. It may be rewritten, with its
 own parameters (a window of 15 is a window); it may not compute anything else than in eager. S7 (loops) and S10 (decode) have no
-spellings here; real models below have both.
+spellings here; real models below have them.
 
 """
 
@@ -52,11 +52,12 @@ def render(results: Mapping[str, Any], root: Path) -> tuple[str, int]:
         _models("Packages on PyPI", [n for n in models if n in pypi.MODELS], results, judged),
         _models("Public repositories", [n for n in models if n in public.MODELS], results, judged),
         _breaks(models, results),
-        _not_run(models, results),
+        _not_run(results),
         _unexpected(models, results, judged),
         _changed(),
     ]
-    wrong = sum(_is_wrong(results[n]) for n in models) + sum(_is_wrong(r) for n in classes for r in results[n].get("rows", ()))
+    every = [*(results[n] for n in models), *(row for n in classes for row in results[n].get("rows", ()))]
+    wrong = sum(_is_wrong(result) or _is_fault(result) for result in every)
     wrong += sum(not outcome.held for n in models for outcome in judged[n][0])
     return "\n".join(part for part in parts if part), wrong
 
@@ -69,7 +70,7 @@ def _head(root: Path) -> str:
 def line(name: str, result: Mapping[str, Any]) -> str:
     """Progress: one result in a line."""
     if "rows" in result:
-        return f"{name}: {len(result['rows'])} rows, {sum(_is_wrong(r) for r in result['rows'])} wrong"
+        return f"{name}: {len(result['rows'])} rows, {sum(_is_wrong(r) or _is_fault(r) for r in result['rows'])} wrong"
     if not _ran(result):
         return f"{name}: not run: {result.get('not run') or result['eager']}"
     if result["fault"]:
@@ -80,17 +81,23 @@ def line(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "fsa_compile", "tests/spellings")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def _ran(result: Mapping[str, Any]) -> bool:
     return "sites" in result
 
 
+def _is_fault(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("fault"))
+
+
 def _is_wrong(result: Mapping[str, Any]) -> bool:
-    return _ran(result) and not result["difference"] <= TOLERANCE
+    return _ran(result) and not _is_fault(result) and not result["difference"] <= TOLERANCE
 
 
 def _judge(name: str, result: Mapping[str, Any]) -> tuple[list[expected.Outcome], list[Mapping[str, Any]]]:
@@ -149,12 +156,13 @@ def _summary(results: Mapping[str, Any], classes: Sequence[str], models: Sequenc
             ("spellings rewritten", f"{done} of {len(parents)}"),
             ("mutants run", len(mutants)),
             ("look-alikes untouched", f"{untouched} of {len(alike)}"),
-            ("wrong results among spellings, mutants and look-alikes (false rewrites)", sum(_is_wrong(row) for row in rows)),
-            ("real models run", f"{len(ran)} of {len(models)}"),
+            ("wrong results among spellings, mutants and look-alikes (false rewrites)", sum(map(_is_wrong, rows))),
+            ("real models run", f"{len(ran)} of {len(pypi.MODELS) + len(public.MODELS)}"),
             ("their targets rewritten", f"{hits} of {len(targets)}"),
             ("their other branches untouched", f"{safe} of {len(others)}"),
             ("their other branches untouched, with an expected reason", f"{kept} of {len(others)}"),
             ("wrong results among models (false rewrites)", sum(_is_wrong(result) for result in ran)),
+            ("models that the backend does not compile (with `strict`, which raises its own faults)", sum(map(_is_fault, ran))),
         ),
     )
 
@@ -230,7 +238,8 @@ def _breaks(names: Sequence[str], results: Mapping[str, Any]) -> str:
     for name in names:
         result = results[name]
         if _ran(result) and result["breaks"]:
-            notes = "; ".join(dict.fromkeys(result["notes"])) or "nothing: no graph reaches the backend"
+            silent = "nothing" if result["graphs"] else "nothing: no graph reaches it"
+            notes = "; ".join(dict.fromkeys(result["notes"])) or silent
             rows.append((name, result["graphs"], notes, result["break_reason"]))
     if not rows:
         return ""
@@ -238,8 +247,12 @@ def _breaks(names: Sequence[str], results: Mapping[str, Any]) -> str:
     return text + _table(("model", "graphs", "what the report says", "what Dynamo says with fullgraph=True"), rows)
 
 
-def _not_run(names: Sequence[str], results: Mapping[str, Any]) -> str:
-    rows = [(n, results[n].get("not run") or f"fails in eager: {results[n]['eager']}") for n in names if not _ran(results[n])]
+def _not_run(results: Mapping[str, Any]) -> str:
+    rows = []
+    for name in (*pypi.MODELS, *public.MODELS):
+        result = results.get(name, {"not run": "not asked for in this run"})
+        if not _ran(result):
+            rows.append((name, result.get("not run") or f"fails in eager: {result['eager']}"))
     text = _table(("model", "why"), rows) if rows else "Everything ran.\n"
     commits = _table(("repository", "commit"), [(name, f"`{commit[:12]}`") for name, commit in public.REPOSITORIES.items()])
     pinned = "## Repositories\n\nRead and run at these commits; nothing of them is in this repository.\n\n"
@@ -250,7 +263,8 @@ def _unexpected(names: Sequence[str], results: Mapping[str, Any], judged: Mappin
     rows = [
         (
             name, outcome.row.branch, " or ".join(sorted(outcome.row.verdicts)), ", ".join(sorted(map(str, outcome.row.reasons))),
-            _verdicts(outcome.sites), _reasons(outcome.sites), outcome.row.why,
+            "fault" if results[name]["fault"] else _verdicts(outcome.sites), results[name]["fault"] or _reasons(outcome.sites),
+            outcome.row.why,
         )
         for name in names
         for outcome in judged[name][0]

@@ -28,7 +28,15 @@ ELSEWHERE = {
 DOES_NOT_RUN = {name for name in pypi.MODELS if name.startswith("lucidrains Transformer, not causal")} | {"fla-core naive_nsa"}
 """The Transformer asks its layers for a cache, which they give with causality only; `naive_nsa` pools its keys in Triton."""
 
-HERE = [name for name in pypi.MODELS if name not in ELSEWHERE | DOES_NOT_RUN]
+BETWEEN = {
+    "lucidrains SparseAttention, not causal, per query head",
+    "lucidrains SparseAttention, not causal, diff top-k",
+    "lucidrains Transformer, causal, per query head",
+    "lucidrains Transformer, causal, diff top-k",
+}
+"""Settings that differ in one way from one that is tested and in another way from another; the program runs them."""
+
+HERE = [name for name in pypi.MODELS if name not in ELSEWHERE | BETWEEN | DOES_NOT_RUN]
 
 
 def build(name: str) -> trial.Case:
