@@ -222,6 +222,8 @@ def _key_variable(
         value_coords = tuple(x.substitute(c, mapping) for c in value_coords)
         kept = x.substitute(kept, mapping)
     jv = x.as_var(j)
+    if jv is not None and x.constant(x.minus(coords[axis], j)) is not None and jv.args[1] is not width:
+        raise Refusal(ReasonKind.SOFTMAX_AXIS, "the softmax also normalises keys that the output leaves out, such as a sink")
     if coords[axis] is not j or jv is None or jv.args[1] is not width:
         raise Refusal(ReasonKind.SOFTMAX_AXIS, "the softmax does not run over the axis that the output sums over")
     if any(jv in c.free for k, c in enumerate(coords) if k != axis):

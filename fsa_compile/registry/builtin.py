@@ -384,8 +384,12 @@ def _list_and_block(equation: Expr, jv: Expr | None, slot: Expr | None, form: Fo
         values = dict.fromkeys(element.free, 0)
         start = at_point(element, values, form.reader.sizes.hints)
         step = first_true(form.keys, lambda k: at_point(element, {**values, jv: k}, form.reader.sizes.hints) != start)
+        first = [at_point(element, {**values, jv: k}, form.reader.sizes.hints) for k in range(step or 0, min(form.keys, 3))]
     except DataDependent:
         return None
+    if step == 1 and len(first) == 2 and first[0] == first[1]:
+        text = "the blocks of keys start at key 1, not at key 0: another key, such as a null key, stands in front of them"
+        raise Refusal(ReasonKind.MASK, text)
     return entry, step if step is not None else max(form.keys, 1)
 
 
