@@ -166,12 +166,24 @@ def _needed(targets: set[Node], leaves: set[Node], upstream: Sequence[Node]) -> 
             memory = dg.storage(a)
             if memory is not None:
                 writers.setdefault(memory, []).append(n)
-    wanted = dg.ancestors(targets, stop)
+    wanted = _ancestors(targets, stop)
     while True:  # a write into something wanted is wanted, with what it writes
         more = {w for n in wanted for w in writers.get(dg.storage(n) or -1, ())} - wanted
         if not more:
             return frozenset(wanted)
-        wanted |= dg.ancestors(more, stop)
+        wanted |= _ancestors(more, stop)
+
+
+def _ancestors(nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
+    """`nodes` and all arguments of what they depend on, functions included, not going above `stop`."""
+    seen: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        n = todo.pop()
+        if n not in seen:
+            seen.add(n)
+            todo.extend(() if n in stop else n.all_input_nodes)
+    return seen
 
 
 def _path(leaves: Sequence[Node], upstream: Sequence[Node]) -> frozenset[Node]:

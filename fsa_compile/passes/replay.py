@@ -27,6 +27,7 @@ FLOOR = 0.1
 """A gradient is held against its own norm, or this part of the largest gradient's if that is more: the gradient of queries that
 see a single key is zero, and rounding is all that is left of it."""
 
+_GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 _TO_REAL = ("half", "bfloat16", "float", "double")
 
 
@@ -115,7 +116,7 @@ class Replay:
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one node of the base run. Grad modes are not switched: no gradient is taken of it."""
-        if dg.switches_mode(n) and "autocast" not in dg.target_name(n):
+        if dg.target_name(n) in _GRAD_MODES:
             return None
         if n.op == "call_module":
             return self.module.get_submodule(str(n.target))(*args, **kwargs)
