@@ -6,9 +6,9 @@ under ``TRITON_INTERPRET=1`` the kernels cannot be compiled.
 
     python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]'
 
-A variant with a "rule" of "window" or "compressed" is banded attention, any other selected attention. It
-prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes), uniform registers read before
-they are set, and some PTX counts.
+A variant with a "rule" of "window" or "compressed" is banded attention, one with "sum" or "max" chooses blocks, any other is
+selected attention. It prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes), uniform
+registers read before they are set, and some PTX counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fsa_compile.kernels.triton import banded_attention, banded_backward, banded_forward
+from fsa_compile.kernels.triton import banded_attention, banded_backward, banded_forward, block_selection
 from fsa_compile.kernels.triton import selected_attention, selected_backward, selected_forward
 from fsa_compile.kernels.triton.launch import Device
 
@@ -107,6 +107,23 @@ def record_banded(group, rule, dk, dv, dtype, n=4096):
     return launches
 
 
+def record_selection(group, rule, d, block_size, dtype, n=4096):
+    """The launch that chooses blocks, by probability ("sum": compressed keys of stride 16) or by the largest logit ("max")."""
+    q = torch.zeros(1, 2 * group, n, d, dtype=getattr(torch, dtype))
+    with recorded_launches() as launches:
+        if rule == "sum":
+            k, lse = torch.zeros(1, 2, n // 16 - 1, d, dtype=q.dtype), torch.zeros(1, 2 * group, n)
+            block_selection.select_blocks(q, k, lse, 0.1, 16, 31, 0, 32, block_size, n, 16, 1, 2, 0, None)
+        else:
+            k = torch.zeros(1, 2, n, d, dtype=q.dtype)
+            block_selection.select_blocks_by_max(q, k, block_size, 16, 0, 1, 0, None)
+    return launches
+
+
+RECORDERS = {"window": record_banded, "compressed": record_banded, "sum": record_selection, "max": record_selection}
+"""What to record for a variant's rule, unless it is one of selected attention."""
+
+
 def disassembled(cubin):
     """Registers and spilled bytes of a thread, and `unset_registers`; all None where cuobjdump is missing."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -146,12 +163,13 @@ def unset_registers(sass):
 def main():
     """Compile every distinct kernel of every variant for one target."""
     capability, limit, variants = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    for module in (selected_attention, selected_forward, selected_backward, banded_attention, banded_forward, banded_backward):
+    banded = banded_attention, banded_forward, banded_backward
+    for module in (selected_attention, selected_forward, selected_backward, *banded, block_selection):
         module.device_of = lambda x: Device(capability, limit)
     seen = set()
     for variant in variants:
-        banded = variant.get("rule") in ("window", "compressed")
-        for kernel, args, kwargs in (record_banded if banded else record)(**variant):
+        record_variant = RECORDERS.get(variant.get("rule"), record)
+        for kernel, args, kwargs in record_variant(**variant):
             source, options = source_of(kernel, args, kwargs)
             options = {key: value for key, value in options.items() if value is not None}
             identity = (source.hash(), tuple(sorted(options.items())))

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels under test are written in Triton")
 
-from fsa_compile.kernels.triton import banded_launch, launch  # noqa: E402
+from fsa_compile.kernels.triton import banded_launch, block_selection, launch  # noqa: E402
 
 KIB = 1024
 TARGETS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
@@ -36,6 +36,11 @@ BANDED = [
     dict(rule="compressed", group=2, dk=64, dv=64, dtype="float32"),
     dict(rule="window", group=2, dk=64, dv=64, dtype="bfloat16"),
     dict(rule="window", group=2, dk=40, dv=24, dtype="bfloat16"),
+]
+
+SELECTION = [
+    dict(rule="sum", group=4, d=128, block_size=64, dtype="bfloat16"),
+    dict(rule="max", group=2, d=64, block_size=128, dtype="float16"),
 ]
 
 
@@ -97,6 +102,22 @@ def test_banded_kernels_compile_and_fit(capability):
     if capability == 90:
         assert not any(r["unset"] for r in rows)
         assert all(r["wgmma"] and r["wide_load"] for r in heavy if r["variant"]["dtype"] != "float32")
+
+
+@pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
+def test_the_selection_kernel_compiles_and_fits(capability):
+    """As above; on Hopper the sums over heads and over the keys of a block stay in registers, so that only lists spill."""
+    rows, device = compile_for(capability, SELECTION), launch.Device(capability, TARGETS[capability])
+    assert len(rows) == len(SELECTION)
+    for r in rows:
+        x = r["variant"]
+        heads, per_block = (x["group"], x["block_size"] // 16) if x["rule"] == "sum" else (1, x["block_size"])
+        chosen = block_selection.selection_launch(heads, per_block, x["d"], _dtype(x["dtype"]), device)
+        estimate = block_selection.shared_memory(chosen.queries * chosen.heads, chosen.keys, x["d"], 2, chosen.stages)
+        assert r["shared"] <= estimate <= TARGETS[capability]
+        assert r["spills"] is None or r["spills"] <= 1024
+        if capability == 90:
+            assert r["wgmma"] and r["wide_load"] and not r["unset"]
 
 
 def test_unset_registers_are_found():

@@ -248,7 +248,7 @@ def select_blocks_by_max_supports(
 def _refuse(
     q: torch.Tensor, k: torch.Tensor, heads: int, per_block: int, blocks: int, top_k: int, n_init: int, n_local: int
 ) -> str | None:
-    if not q.dtype == k.dtype or q.dtype not in DTYPES:
+    if q.dtype != k.dtype or q.dtype not in DTYPES:
         return f"q and k must share one dtype of float16, bfloat16 and float32, not {q.dtype} and {k.dtype}."
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"the head dimension {q.shape[-1]} must be at most {MOST_HEAD_DIM}."
