@@ -4,9 +4,10 @@
 
 Compressed attention (kernel 32, stride 16), choosing 16 blocks of 64 (one initial, two local), selected attention, a window of
 512, and three gates; bfloat16, four key/value heads of 128 dimensions, one sequence, memory as (b, n, h, d). Medians of
-`triton.testing.do_bench` in milliseconds. `memory` is what a forward, and a forward with backward, allocate beyond inputs, results
-and gradients, in MiB. `errors` are relative norms against float64 of each branch at the last 16 queries, given the blocks that were
-chosen; `picks` counts lists among them in which float64 would choose another block. The file is written again after each cell.
+`triton.testing.do_bench` in milliseconds. `memory` is what a forward, and a forward with backward, allocate beyond inputs,
+results and gradients, in MiB. `errors` are relative norms against float64 of each branch at the last 16 queries, given the blocks
+that were chosen; `picks` counts lists among them in which float64 would choose another block. The file is written again after
+each cell.
 """
 
 from __future__ import annotations
@@ -163,8 +164,7 @@ def measure(n: int, group: int) -> dict:
         milliseconds["full forward"] = time(full)
     milliseconds["full forward + backward"] = time(lambda: forward_and_backward(full, core.leaves[:3], grad))
     gradients = sum(x.nbytes for x in core.leaves)
-    step = lambda: forward_and_backward(core.forward, core.leaves, grad)  # noqa: E731
-    memory["forward + backward"] = extra_memory(step, gradients)
+    memory["forward + backward"] = extra_memory(lambda: forward_and_backward(core.forward, core.leaves, grad), gradients)
     return {"n": n, "group": group, "ms": milliseconds, "memory": memory, "errors": accuracy(core)}
 
 
