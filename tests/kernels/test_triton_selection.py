@@ -119,13 +119,13 @@ def test_the_second_rule(heads, m, offset, block_size):
 
 
 def test_strides_and_empty_tensors():
-    """Expanded keys, a strided last dimension; no batch row, no query."""
+    """Expanded keys, a strided last dimension, an lse in float64; no batch row, no query."""
     (q, k, lse, *rest), offsets = draw(6, hkv=2, group=1)
     k = k[:, :1].expand(-1, 2, -1, -1)
     lse = reference.compressed_attention(q, k, k, *rest[:4])[1]
     strided = torch.stack([q, q], -1)[..., 0]
     assert strided.stride(-1) == 2
-    check((strided, k, lse.transpose(1, 2).contiguous().transpose(1, 2), *rest), offsets)
+    check((strided, k, lse.double().transpose(1, 2).contiguous().transpose(1, 2), *rest), offsets)
     for x in (slice(0, 0), slice(None)), (slice(None), slice(None), slice(0, 0)):
         kept = k[x] if len(x) == 2 else k
         assert block_selection.select_blocks(q[x], kept, lse[x], *rest, *CHOICE, *offsets).shape == (*q[x].shape[:3], 5)

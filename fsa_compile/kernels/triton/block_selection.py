@@ -301,7 +301,7 @@ def select_blocks(
     if why is not None:
         raise ValueError(f"block selection: {why}")
     rule = BandRule(stride=stride, last=last, prefix=prefix, q_offset=q_offset, q_offsets=q_offsets)
-    return _launch(q, k_cmp, lse.contiguous(), scale, rule, kernel_size, block_size, n_keys, *forced, k_cmp.shape[1])
+    return _launch(q, k_cmp, lse.to(torch.float32).contiguous(), scale, rule, kernel_size, block_size, n_keys, *forced, k_cmp.shape[1])
 
 
 def select_blocks_by_max(
