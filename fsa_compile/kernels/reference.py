@@ -232,7 +232,8 @@ def select_blocks(
     visible = compressed_visibility(positions, c, stride, last, prefix)
     keys = k_cmp.to(compute).repeat_interleave(hq // hkv, dim=1)
     logits = (q.to(compute) @ keys.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).unflatten(1, (hkv, -1)).sum(2)
+    lse = lse.to(compute).masked_fill(lse == -torch.inf, 0.0)
+    weights = torch.exp(logits - lse[..., None]).unflatten(1, (hkv, -1)).sum(2)
     overlap = block_overlap(max(c - prefix, 0), -(-n_keys // block_size), stride, kernel_size, block_size, q.device)
     return best_blocks(weights[..., prefix:] @ overlap.to(compute), positions, block_size, top_k, n_init, n_local)
 
