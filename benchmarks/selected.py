@@ -282,13 +282,13 @@ def main() -> None:
               "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
     print(f"{'cell':34s} {'':6s}  forward backward    scratch forward backward", flush=True)
+    out = args.out or here / "results" / f"selected-{time.strftime('%Y-%m-%d')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     records = []
     for cell in cells(args.quick):
         records.append(measure(cell, peers, args.quick))
         show(records[-1])
-    out = args.out or here / "results" / f"selected-{time.strftime('%Y-%m-%d')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**header, "cells": records}, indent=1))
+        out.write_text(json.dumps({**header, "cells": records}, indent=1))
     print(out)
 
 

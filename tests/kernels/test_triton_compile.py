@@ -22,7 +22,7 @@ TARGETS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 VARIANTS = [
     dict(group=4, block_size=64, dk=128, dv=128, dtype="bfloat16"),
     dict(group=16, block_size=128, dk=128, dv=128, dtype="bfloat16", slots=8),
-    dict(group=6, block_size=64, dk=192, dv=128, dtype="bfloat16", rule="diagonal"),
+    dict(group=6, block_size=256, dk=192, dv=128, dtype="bfloat16", rule="diagonal"),
     dict(group=1, block_size=64, dk=256, dv=256, dtype="float16", rule="listed"),
     dict(group=2, block_size=16, dk=64, dv=64, dtype="float32", slots=5),
     dict(group=2, block_size=64, dk=64, dv=64, dtype="bfloat16", deterministic=True),

@@ -53,6 +53,7 @@ class Launch:
         warps: Warps of a program.
         stages: Depth of the software pipeline.
         registers: Most registers of a thread, None for the compiler's choice.
+        transposed: Backward keeps dK and dV as (d, keys).
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Launch:
     warps: int
     stages: int
     registers: int | None = None
+    transposed: bool = False
 
 
 def power_of_two(x: int, least: int = 1) -> int:
@@ -161,7 +163,8 @@ def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.
         stages = 3 if device.capability < 100 else 1  # tcgen05 stages P and dS in shared memory instead
     rows = max(rows, power_of_two(group))
     rows, keys, stages = _shrink(backward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages)
-    return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages)
+    transposed = device.capability >= 90 and not precise
+    return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages, transposed=transposed)
 
 
 def _shrink(

@@ -1,4 +1,4 @@
-"""Backward of selected attention, key/value-block outer, one fused pass over the work items of the forward's plan.
+"""Backward of selected attention, key/value-block outer, one fused pass over the work items of all entries.
 
     delta = rowsum(dO * O) - dLSE                                         _delta_kernel
     for each work item (a block, some queries that list it):              _gradient_kernel, one program per tile of keys
@@ -6,13 +6,13 @@
         for each tile of (query, head) rows of the item:
             p  = exp2(q k^T * scale * log2(e) - lse * log2(e)), masked
             dV += p^T dO;  ds = p * (dO v^T - delta);  dK += ds^T q
-            dQ[rows] += scale * ds k
+            store scale * ds k of each entry in the input dtype
         dK[tile] += scale * dK;  dV[tile] += dV
+    for each (query, head): dQ = the sum of its entries                   _sum_entries_kernel, one program each
 
-The rows of a tile run over all query heads that share an index list, so dK and dV of a group add up in float32. The three
-sums that cross programs are relaxed float32 atomics, dQ into a slice of queries small enough to stay in L2. The
-deterministic variant stores what it would add (dQ per entry in the input dtype, dK and dV per work item in float32), and
-_sum_entries_kernel and _sum_items_kernel add in a fixed order.
+The rows of a tile run over all query heads that share an index list, so dK and dV of a group add up in float32. Across
+programs they add up by relaxed float32 atomics. The deterministic variant stores them per work item in float32, and
+_sum_items_kernel adds in a fixed order. dQ has a fixed order in either.
 
 Sources: Flash Sparse Attention (arXiv 2508.18224) for the loop order, FlashAttention-2 (arXiv 2307.08691, algorithm 2) for
 the recomputation. dLSE enters as d logit = p * (dP - rowsum(dO * O) + dLSE).
@@ -66,6 +66,7 @@ def _gradient_kernel(
     G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, DETERMINISTIC: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     item = (tl.program_id(0) // PARTS) % capacity
@@ -106,8 +107,12 @@ def _gradient_kernel(
     v_row = batch * v_stride_b + kv_head * v_stride_h + key.to(tl.int64) * v_stride_n
     k_tile = tl.load(k + k_row[:, None] + c[None, :], mask=tile_mask(there, c, DK, DK_PAD), other=0.0)
     v_tile = tl.load(v + v_row[:, None] + e[None, :], mask=tile_mask(there, e, DV, DV_PAD), other=0.0)
-    dk_acc = tl.zeros((DK_PAD, KEYS), tl.float32)  # transposed: P and dS are then right-hand operands, as they are stored
-    dv_acc = tl.zeros((DV_PAD, KEYS), tl.float32)
+    if TRANSPOSED:  # P and dS are then right-hand operands of wgmma, as they lie in shared memory
+        dk_acc = tl.zeros((DK_PAD, KEYS), tl.float32)
+        dv_acc = tl.zeros((DV_PAD, KEYS), tl.float32)
+    else:
+        dk_acc = tl.zeros((KEYS, DK_PAD), tl.float32)
+        dv_acc = tl.zeros((KEYS, DV_PAD), tl.float32)
     for done in range(0, length, QUERIES):
         live = (within < QUERIES) & (done + within < length)
         pair = tl.load(entries + done + within, mask=live, other=0)
@@ -124,15 +129,23 @@ def _gradient_kernel(
         query = slice_index * slice_length + local.to(tl.int32)
         last = tl.where(live, last_visible(query + shift, block, n_keys, BLOCK_SIZE, RULE), -1)
         p = tl.exp2(tl.where(key[None, :] <= last[:, None], s - lse_i[:, None], float("-inf")))
-        dv_acc = tl.dot(tl.trans(do_tile), p.to(do_tile.dtype), dv_acc, input_precision="ieee")
+        if TRANSPOSED:
+            dv_acc = tl.dot(tl.trans(do_tile), p.to(do_tile.dtype), dv_acc, input_precision="ieee")
+        else:
+            dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc, input_precision="ieee")
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         ds = (p * (dp - delta_i[:, None])).to(q_tile.dtype)
-        dk_acc = tl.dot(tl.trans(q_tile), ds, dk_acc, input_precision="ieee")
+        if TRANSPOSED:
+            dk_acc = tl.dot(tl.trans(q_tile), ds, dk_acc, input_precision="ieee")
+        else:
+            dk_acc = tl.dot(tl.trans(ds), q_tile, dk_acc, input_precision="ieee")
         dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * scale
         slot = (pair * G + g) * (PARTS * DK)  # dq is (lanes, slice_length * T, G, PARTS, dk)
         tl.store(dq_base + slot[:, None] + c[None, :], dq_tile.to(dq.dtype.element_ty), mask=tile_mask(live, c, DK, DK_PAD))
-    dk_acc = tl.trans(dk_acc) * scale
-    dv_acc = tl.trans(dv_acc)
+    dk_acc *= scale
+    if TRANSPOSED:
+        dk_acc = tl.trans(dk_acc)
+        dv_acc = tl.trans(dv_acc)
     if DETERMINISTIC:  # dk and dv are (lanes, capacity, block_size, d)
         d_row = (store.to(tl.int64) * capacity + item) * BLOCK_SIZE + local_key
         tl.store(dk + d_row[:, None] * DK + c[None, :], dk_acc, mask=tile_mask(there, c, DK, DK_PAD))
@@ -382,7 +395,8 @@ def launch_gradient(
          p.positions.offset, p.scale, p.scale * LOG2E, LOG2E),
         dict(G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
              BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
-             HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, WIDE=furthest >= 2**31),
+             HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, WIDE=furthest >= 2**31,
+             TRANSPOSED=launch.transposed),
         stream,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip

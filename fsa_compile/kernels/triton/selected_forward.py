@@ -1,4 +1,4 @@
-"""Forward of selected attention, key/value-block outer.
+"""Forward of selected attention: dense blocks query outer (`selected_dense`), the others key/value-block outer.
 
     for each work item (a block, some queries that list it):              _partial_kernel, one program each
         load K, V of the block once
@@ -7,7 +7,7 @@
             acc = exp2(s - m_i) v / l_i                                    a partial, normalised by its own row sum
             store acc in the input dtype, m_i + log2(l_i) in float32
     for each (query, head):                                               _merge_kernel, one program each
-        out = sum_t exp2(lse_t - lse) acc_t,  lse = log2 sum_t exp2(lse_t)
+        out = sum_t exp2(lse_t - lse) acc_t,  lse = log2 sum_t exp2(lse_t), what the dense blocks gave being one of the t
 
 Loop order: Flash Sparse Attention, arXiv 2508.18224. What is computed: the selected branch of Native Sparse Attention,
 arXiv 2502.11089. Online softmax and merge: FlashAttention-2, arXiv 2307.08691. Unlike the released FSA, every partial has
@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .items import CHANGING, LN2, LOG2E, last_visible, load_item, tile_mask
 from .launch import PARTIAL_BYTES, PLAN_BYTES, PLAN_ENTRY_BYTES, WHOLE_BYTES, Launch, dense_launch, device_of
 from .launch import forward_launch, power_of_two, slice_queries
 from .launcher import fork, join, run
-from .items import CHANGING, LN2, LOG2E, last_visible, load_item, tile_mask
 from .plan import Plan, Positions, build_plan, cut
 from .selected_dense import launch_dense
 
