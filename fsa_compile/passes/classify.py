@@ -140,6 +140,8 @@ def _empty_rows(
         return (), "zero" if form.zero_rows else "nan"
     if len(form.fills) > 1:
         raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and its masked logits get different finite values")
+    if op_name(view.reader.nodes[form.softmax]) == "exp":  # y - logsumexp(y) loses the logarithm of the sum beside a huge fill
+        raise Refusal(ReasonKind.EMPTY_ROWS, "a query may see no key, and the probabilities of its row are then rounded to one")
     if not whole_rows:
         raise Refusal(
             ReasonKind.EMPTY_ROWS,

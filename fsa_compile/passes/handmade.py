@@ -1,4 +1,5 @@
-"""Softmaxes written by hand: weights ``e = exp(y)``, perhaps masked, divided by their sum, before or after ``@ v``.
+"""Softmaxes written by hand: weights ``e = exp(y)``, perhaps masked, divided by their sum, before or after ``@ v``; or the
+exponential of ``log_softmax(y)`` or of ``y - logsumexp(y)``.
 
 A weight of zero is a logit of -inf, so the logit of a masked weight is a case tree: ``y`` where the mask lets it through.
 """
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Normalised:
-    """A division by the sum of weights.
+    """A division by the sum of weights, or the exponential of normalised logits.
 
     Attributes:
-        weights: The node e.
+        weights: The node e; of an exponential, the logits y.
         axis: Which of its axes is summed.
         deferred: Whether the division comes after the contraction with the values.
     """
@@ -35,9 +36,11 @@ class Normalised:
 
 
 def match(r: Reader, n: Node) -> Normalised | None:
-    """The weights that the division `n` normalises, or None if it is another division."""
+    """What `n` normalises, or None if it is another division or exponential."""
     from .nodes import is_tensor, op_name
 
+    if op_name(n) == "exp":
+        return _normalised_logits(n.args[0]) if is_tensor(n.args[0]) else None
     if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
         return None
     numerator, total = n.args[:2]
@@ -50,6 +53,29 @@ def match(r: Reader, n: Node) -> Normalised | None:
     if numerator is weights:
         return Normalised(weights, axis, deferred=False) if kept else None
     return Normalised(weights, axis, deferred=True) if _contracts(numerator, weights) else None
+
+
+def _normalised_logits(n: Node) -> Normalised | None:
+    """``log_softmax(y)``, or ``y - logsumexp(y)`` with the axis kept or put back."""
+    from .nodes import argument, axis, is_tensor, op_name, rank
+
+    if op_name(n) in ("log_softmax", "_log_softmax"):
+        return Normalised(n.args[0], axis(n.args[1], rank(n)), deferred=False)
+    if op_name(n) != "sub" or not all(is_tensor(a) for a in n.args[:2]) or argument(n, 2, "alpha", 1) != 1:
+        return None
+    logits, total = n.args[:2]
+    restored = None
+    if op_name(total) == "unsqueeze":
+        restored, total = axis(total.args[1], rank(total)), total.args[0]
+    if op_name(total) != "logsumexp" or total.args[0] is not logits:
+        return None
+    dims = argument(total, 1, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if len(dims) != 1:
+        return None
+    d = axis(dims[0], rank(logits))
+    kept = bool(argument(total, 2, "keepdim", False)) != (restored == d)
+    return Normalised(logits, d, deferred=False) if kept else None
 
 
 def _total(total: Node) -> tuple[Node, int, bool] | None:

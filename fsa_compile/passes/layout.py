@@ -110,7 +110,7 @@ def find_layout(
                 order
                 for count in (2, 3)
                 for order in itertools.permutations(sorted(left), count)
-                if _row_major(order, targets, sizes) is c and _product(order, sizes) is extent
+                if _product(order, sizes) is extent and _row_major(order, targets, sizes) is c
             ),
             None,
         )

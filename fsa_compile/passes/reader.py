@@ -72,6 +72,8 @@ CREATIONS = (
 NAMED = ("nan_to_0", "about", "at_most")
 """Opaque reals that rules know by name."""
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
+HANDMADE = ("div", "exp")
+"""Ops that give probabilities where `handmade` says so."""
 FUSED: dict[str, Callable[["Reader", Node, Coords], Expr]] = {}
 """Ops that are a whole attention ``(q, k, v, ...)``, with the rule for their logits at (..., query, key)."""
 MOVES: dict[str, MoveRule] = {}
@@ -302,6 +304,8 @@ class Reader:
     def transparent_operand(self, n: Node) -> bool:
         """Whether an operand is read through `n`: contractions, probabilities, and products with a constant."""
         name = op_name(n)
+        if name == "exp":
+            return self.handmade_softmax(n) is not None
         if name in ("mul", "div"):
             return self.handmade_softmax(n) is not None or constant_factor(n) is not None
         if name in ("masked_fill", "where"):
@@ -312,7 +316,7 @@ class Reader:
     def is_probability(self, n: Node) -> bool:
         """Whether a node holds the result of a softmax, moved or masked."""
         name = op_name(n)
-        if name in SOFTMAXES or name == "div" and self.handmade_softmax(n) is not None:
+        if name in SOFTMAXES or name in HANDMADE and self.handmade_softmax(n) is not None:
             return True
         if name == "where":
             return any(is_tensor(a) and self.is_probability(a) for a in n.args[1:])
@@ -362,7 +366,7 @@ class Reader:
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
-        """Whether the division `n` normalises weights ``e = exp(y)``: (e, axis), or None. See `handmade.py`."""
+        """What the division or exponential `n` normalises: (weights ``e = exp(y)`` or logits, axis), or None. See `handmade.py`."""
         if n not in self._handmade:
             self._handmade[n] = handmade.match(self, n)
         found = self._handmade[n]
@@ -376,7 +380,7 @@ class Reader:
     def softmax_axis(self, n: Node) -> tuple[Node, int]:
         """What a softmax node normalises: (logits or weights, axis). For SDPA the node itself and its key axis."""
         name = op_name(n)
-        if name == "div":
+        if name in HANDMADE:
             found = self.handmade_softmax(n)
             assert found is not None
             return found

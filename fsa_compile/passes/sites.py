@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from .nodes import argument, is_real, is_tensor, op_name
-from .reader import FUSED, SOFTMAXES, Reader
+from .reader import FUSED, HANDMADE, SOFTMAXES, Reader
 
 CONTRACTIONS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 FEW = 8
@@ -43,7 +43,7 @@ def find_sites(r: Reader) -> Iterator[SiteNodes]:
             yield SiteNodes(n, n)
         elif name == "div" and r.handmade_softmax(n) is not None and r.divides_sum(n):
             yield SiteNodes(n, n)
-        elif name in SOFTMAXES or name == "div" and r.handmade_softmax(n) is not None:
+        elif name in SOFTMAXES or name in HANDMADE and r.handmade_softmax(n) is not None:
             for c in _contractions(n):
                 yield SiteNodes(n, c)
 

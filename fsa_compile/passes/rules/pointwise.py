@@ -258,6 +258,11 @@ def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.map_cases(r.coerce(n, a), lambda p: x.map_cases(r.coerce(n, b), lambda q: leaf(p, q)))
 
 
+@values("exp")
+def _exp(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return x.softmax(n.name, c) if r.handmade_softmax(n) is not None else None
+
+
 @values("div", "true_divide", "divide")
 def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if r.handmade_softmax(n) is not None:
