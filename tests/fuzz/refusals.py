@@ -48,14 +48,9 @@ class Refusal:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal({"*.softmax": ("logsumexp", "log_softmax")}, "window", "not_attention: an exponential is contracted like a softmax"),
     Refusal({"*.scale": "parameter_logits"}, "window", "logits: the logits are not scale * <q, k>"),
-    Refusal({"*.fill": "-1e9", "dtype": "bfloat16"}, "window", "fill: masked logits get -9.98244e+08"),
     Refusal({"*.empty_rows": ("multiply", "rows")}, "compressed", "not_attention: the output is not the product"),
-    Refusal({"selected.membership": "scatter_add"}, "selected", "runtime_mask: the mask holds run-time values"),
     Refusal({"selected.membership": "isin"}, "selected", "runtime_mask: the mask holds run-time values"),
-    Refusal({"selected.membership": "scatter_tokens"}, "selected", "token_level: "),
-    Refusal({"selected.causal": "cumsum"}, "selected", "runtime_mask: the mask holds run-time values"),
     Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
     Refusal(
         {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"

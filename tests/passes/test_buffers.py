@@ -160,6 +160,8 @@ class Writing(Kept):
 
 @pytest.mark.parametrize("how", ["buffer", "view", "data", "method"])
 def test_a_buffer_that_the_graph_writes_is_not_read(how: str) -> None:
+    if how == "data" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 cannot trace Tensor.data functionally: the graph is left whole, and strict raises")
     assert_refused(compiled_like_eager(Writing(how), inputs_for(filled)))
 
 
