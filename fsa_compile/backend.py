@@ -15,6 +15,7 @@ import inspect
 import logging
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import fsa_compile
 from fsa_compile import options as options_
 from fsa_compile.checked import Check, CheckedCall
+from fsa_compile.graph_breaks import describe
 from fsa_compile.journal import Journal, Session, Trace
 from fsa_compile.options import Options
 from fsa_compile.passes import dynamo_graph as dg
@@ -155,9 +157,33 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     with _undisturbed(model, (args, kwargs)):
         torch.compile(model, backend=analyse, **isolated)(*args, **kwargs)
     report = session.report()
-    if not report.graphs:
-        return Report(notes=(*report.notes, "Dynamo captured no graph"))
-    return report
+    if report.graphs:
+        return report
+    with _undisturbed(model, (args, kwargs)):
+        note = _why_no_graph(model, args, kwargs, isolated)
+    return Report(notes=(*report.notes, note))
+
+
+def _why_no_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], isolated: dict[str, bool]) -> str:
+    """A break inside of a Python loop makes Dynamo give up a function without a word, but not where breaks are forbidden."""
+    note = "Dynamo captured no graph"
+    if not isinstance(model, types.FunctionType):
+        return note
+    # Dynamo remembers by its code that it gave up: a copy of the function is new to it.
+    code = model.__code__.replace(co_name=f"{model.__code__.co_name}_again")
+    again = types.FunctionType(code, model.__globals__, model.__name__, model.__defaults__, model.__closure__)
+    again.__kwdefaults__ = model.__kwdefaults__
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    try:
+        torch.compile(again, backend=count, fullgraph=True, **isolated)(*args, **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return f"{note}: {describe(str(error), getattr(error, 'real_stack', None))}"
+    return f"{note}: it breaks inside of a Python loop; with fullgraph=True it does not" if graphs else note
 
 
 def _analyse(
@@ -312,16 +338,13 @@ def _graph_break(gm: torch.fx.GraphModule) -> Iterator[str]:
     why = getattr(gm, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         return
-    reason = why.reason.strip().splitlines()[0]
-    if "DDPOptimizer" in reason:
+    if "DDPOptimizer" in why.reason:
         yield (
             "DistributedDataParallel's bucketing cuts the graph, perhaps inside an attention region; "
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
         return
-    place = why.user_stack[-1] if why.user_stack else None
-    where = f" ({Path(place.filename).name}:{place.lineno})" if place is not None else ""
-    yield f"graph break: {reason}{where}; attention is not recognised across it"
+    yield f"graph break: {describe(why.reason, why.user_stack)}; attention is not recognised across it"
 
 
 def _size(gm: torch.fx.GraphModule) -> int:

@@ -117,3 +117,45 @@ def test_compiled_callables_are_unwrapped(pipeline, how):
 
 def test_a_function_without_tensors_has_no_graph(pipeline):
     assert explain(lambda: 3) == Report(notes=("Dynamo captured no graph",))
+
+
+def item_in_a_loop(x, lengths):
+    parts = []
+    for k in range(2):
+        n = lengths[k].item()
+        parts.append(torch.softmax(x[:n] @ x[:n].mT, -1) @ x[:n])
+    return torch.cat(parts)
+
+
+def print_in_a_loop(x):
+    for _ in range(2):
+        x = torch.softmax(x @ x.mT, -1) @ x
+        print(end="")
+    return x
+
+
+def test_a_break_inside_of_a_loop_is_named():
+    """Dynamo gives up such a function and says nothing; `explain` finds out why."""
+    (note,) = explain(item_in_a_loop, torch.randn(8, 4), torch.tensor([3, 4])).notes
+    assert note.startswith("Dynamo captured no graph: ") and ("fullgraph=True" in note or "Python int" in note)
+    (note,) = explain(print_in_a_loop, torch.randn(8, 4)).notes
+    line = print_in_a_loop.__code__.co_firstlineno + 3
+    assert f"(test_explain.py:{line}); move the output out of the model" in note
+
+
+def test_breaks_come_with_advice():
+    """Each kind of break that real models have, in Dynamo's own words."""
+
+    def branch(x):
+        return torch.softmax(x @ x.mT if x.sum() > 0 else x, -1) @ x
+
+    def chosen(x):
+        return torch.softmax(x[x.sum(-1) > 0] @ x.mT, -1) @ x
+
+    x = torch.randn(8, 4)
+    for model, inputs, advice in (
+        (branch, (x @ x.mT,), "decide with torch.where"),
+        (chosen, (x,), "keep the size fixed"),
+    ):
+        notes = explain(model, *inputs).notes
+        assert any("test_explain.py:" in note and advice in note for note in notes), notes
