@@ -30,7 +30,6 @@ from .legality import Placement
 from .refusal import Refusal
 from .region import is_root, Original, Region
 from .replay import Comparison, Replay, Unrunnable
-from .sizes import UNBACKED
 
 ELEMENTS = 2**24
 """The largest tensor that is made: 128 MiB in float64, of which a region has about ten."""
@@ -104,6 +103,8 @@ def check(original: Original, region: Region, match: Match, known: Mapping[Node,
     """
     start = time.perf_counter()
     sizes = _Sizes(region)
+    if sizes.decided_by_data:
+        return DataCheck("differential", None, "not run: data decide a size")
     if not sizes.shrink(ELEMENTS):
         return DataCheck("differential", None, f"not run: {sizes.largest()} elements in one tensor, and the sizes are fixed")
     problem = ""
@@ -179,6 +180,10 @@ def _shape(n: Node) -> Sequence[Any]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+READS = ("item", "tolist", "nonzero", "masked_select")
+"""Calls that make sizes out of data."""
+
+
 class _Sizes:
     """Numbers for the sizes of a region."""
 
@@ -188,7 +193,8 @@ class _Sizes:
         self._env = dynamic[0].node.shape_env if dynamic else None
         symbols = {f for s in dynamic for f in s.node.expr.free_symbols}
         hints = getattr(self._env, "backed_var_to_val", getattr(self._env, "var_to_val", {}))
-        self._values = {f: int(hints.get(f, UNBACKED)) for f in symbols}
+        self.decided_by_data = not symbols <= set(hints) or any(dg.target_name(n) in READS for n in region.needed)
+        self._values = {f: int(hints[f]) for f in symbols & set(hints)}
 
     def of(self, size: Any) -> int:
         """A size as a number."""

@@ -77,9 +77,13 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal({"*.product": "sdpa", "dynamic": "mark"}, "selected", "operands: the keys that the logits see"),
     Refusal({"*.product": "sdpa", "dynamic": "all"}, "selected", "shape: the head dimension is dynamic"),
     Refusal({"dynamic": "all", "entry": "heads"}, "window", "operands: the keys that the logits see"),
+    # Keys and values of two inputs, each with a length of its own, meet in no op that checks them before the attention.
+    Refusal(
+        {"dynamic": "mark", "entry": "heads", "compressed.kind": "avg_pool"}, "compressed", "operands: the keys that the logits see"
+    ),
     Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "operands: the keys that the logits see"),
     Refusal({"dynamic": "all", "selected.scores": "list"}, "selected", "operands: the keys that the logits see"),
-    Refusal({"dynamic": "all", "selected.form": "gather"}, "selected", "runtime_mask: the mask holds run-time values"),
+    Refusal({"dynamic": "all", "selected.form": "gather"}, "selected", "mask: the mask depends on data"),
     Refusal({"dynamic": "mark", "selected.form": "gather"}, "selected", "operands: the keys that the logits see"),
 )
 

@@ -5,6 +5,6 @@ import pytest
 from fuzz.strategies import fuzz
 
 
-@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("chunk", range(8))
 def test_selected(chunk):
-    fuzz(("selected",), chunk, models=13)
+    fuzz(("selected",), chunk, models=8)
