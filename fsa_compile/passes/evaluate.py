@@ -139,6 +139,9 @@ class TensorEvaluator:
         view[k] = -1
         return self._create(torch.arange, self.extents[k], device=self.device).view(view)
 
+    def _size(self, e: Expr) -> Any:
+        return self._size_of(e.args[0])
+
     def _prod(self, e: Expr) -> Any:
         r = 1
         for t in e.args[0]:

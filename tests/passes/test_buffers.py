@@ -205,7 +205,7 @@ def test_a_layer_whose_mask_is_an_argument_is_another_layer() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
             for mask, more in ((self.mask, other), (other, self.mask)):
                 q, k, v = self.into(q), self.into(k), self.into(v)
-                v = (q @ k.mT * SCALE).masked_fill(~mask, -INF).softmax(-1) @ v + more.sum()
+                v = (q @ k.mT * SCALE).masked_fill(~mask, -INF).softmax(-1) @ v + more.float().mean()
             return v
 
     other = torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
