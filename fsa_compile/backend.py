@@ -128,8 +128,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What ``torch.compile(model, backend="fsa")`` would do with these inputs. Analysis only: nothing is rewritten.
 
     Runs the model once, eagerly, under the caller's grad mode and autocast, because graph breaks can only be passed by
-    running. Buffers, random number generators and Dynamo's shape history are put back; compiled code of the model is kept
-    apart. Objects that the model changes from outside its buffers (a cache passed as an argument) stay changed.
+    running; a function of which Dynamo captures nothing runs once more, to find out why. Buffers, random number generators
+    and Dynamo's shape history are put back; compiled code of the model is kept apart. Objects that the model changes from
+    outside its buffers (a cache passed as an argument) stay changed.
 
     Args:
         model: A module or function, compiled or not.

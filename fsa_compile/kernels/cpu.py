@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fsa_compile.kernels.reference import query_positions
+from fsa_compile.kernels.reference import compute_dtype, query_positions
 
 SCRATCH_ELEMENTS = 1 << 19
 """Elements of one logits buffer: 2 MiB in float32, which stays in cache (8 MiB took 1.3 times as long on a Zen 5 core)."""
@@ -70,11 +70,6 @@ class Chunk:
     keys: slice
     masked: int
     bias: Tensor | None
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: the dtype of logits, statistics and accumulators."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def chunks(band: Band, batch: int, heads: int, device: torch.device, dtype: torch.dtype) -> Iterator[Chunk]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fsa_compile.kernels.cpu import SCRATCH_ELEMENTS, compute_dtype, exp_
-from fsa_compile.kernels.reference import best_blocks, query_positions
+from fsa_compile.kernels.cpu import SCRATCH_ELEMENTS, exp_
+from fsa_compile.kernels.reference import best_blocks, compute_dtype, query_positions
 
 CHUNK = 256
 """Most queries per chunk: a longer chunk computes more logits that the causal rule hides."""

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from fsa_compile.kernels.cpu import compute_dtype, exp_, row_shift
+from fsa_compile.kernels.cpu import exp_, row_shift
 from fsa_compile.kernels.cpu_plan import plan_tiles, visible_keys
-from fsa_compile.kernels.reference import query_positions
+from fsa_compile.kernels.reference import compute_dtype, query_positions
 
 PARTIAL_ELEMENTS = 1 << 22
 """Elements of the partial outputs of a pass: 16 MiB in float32 (32 MiB took 1.1 times as long on a Zen 5 core)."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fsa_compile.kernels import cpu, cpu_selected
+from fsa_compile.kernels import cpu, cpu_selected, reference
 from fsa_compile.kernels.calls import default_offset, full_precision
 from fsa_compile.kernels.select_ops import select_blocks, select_blocks_by_max
 
@@ -38,7 +38,7 @@ __all__ = [
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     b, hq, n, _ = q.shape
-    return q.new_empty(b, hq, n, v.shape[-1]), q.new_empty(b, hq, n, dtype=cpu.compute_dtype(q, k, v))
+    return q.new_empty(b, hq, n, v.shape[-1]), q.new_empty(b, hq, n, dtype=reference.compute_dtype(q, k, v))
 
 
 def _fake_backward(

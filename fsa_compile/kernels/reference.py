@@ -13,6 +13,11 @@ RULES = ("causal", "listed", "diagonal")
 """How `selected_visibility` treats keys of a listed block: see there."""
 
 
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: the dtype of logits, statistics and accumulators."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def query_positions(n: int, q_offset: int, q_offsets: Tensor | None, device: torch.device) -> Tensor:
     """Where the queries stand among the keys, (1, n), or (b, n) when every batch row has its own offset.
 
@@ -104,7 +109,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: fl
     Returns:
         out (b, hq, n, dv) in q's dtype and the natural log-sum-exp of the logits, (b, hq, n), float32 (float64 for float64).
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q)
     hq = q.shape[1]
     k, v = (x.to(compute).repeat_interleave(hq // x.shape[1], dim=1) for x in (k, v))
     visible = visible.repeat_interleave(hq // visible.shape[1], dim=1)
@@ -226,7 +231,7 @@ def select_blocks(
 
     The probabilities are ``exp(logit - lse)``, with the lse that `compressed_attention` returns.
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q)
     (b, hq, n, _), (hkv, c) = q.shape, k_cmp.shape[1:3]
     positions = query_positions(n, q_offset, q_offsets, q.device)
     visible = compressed_visibility(positions, c, stride, last, prefix)
@@ -252,7 +257,7 @@ def select_blocks_by_max(
 
     The default offset is m - n.
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q)
     (b, hq, n, _), (hkv, m) = q.shape, k.shape[1:3]
     positions = query_positions(n, m - n if q_offset is None else q_offset, q_offsets, q.device)
     logits = q.to(compute) @ k.to(compute).repeat_interleave(hq // hkv, dim=1).transpose(-1, -2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -137,6 +138,39 @@ def switches_mode(n: Node) -> bool:
     return name in MODE_SWITCHES or module.startswith("torch._C._functorch")
 
 
+@dataclass(frozen=True)
+class Modes:
+    """The modes in force at a node.
+
+    Attributes:
+        grad: What the last `_set_grad_enabled` said, None before any.
+        entered: The other switches that are in force, outermost first.
+    """
+
+    grad: object
+    entered: tuple[object, ...]
+
+    @property
+    def gradients(self) -> tuple[object, int]:
+        """What decides whether gradients are recorded: the grad mode, and how deep inference mode is."""
+        return self.grad, sum(isinstance(e, tuple) and e[0] == "_enter_inference_mode" for e in self.entered)
+
+
+def modes(graph: Graph) -> dict[Node, Modes]:
+    """The modes in force at each node, the switches themselves included."""
+    now = Modes(None, ())
+    out: dict[Node, Modes] = {}
+    for n in graph.nodes:
+        name = target_name(n)
+        if name == "_set_grad_enabled":
+            now = Modes(n.args[0], now.entered)
+        elif switches_mode(n):
+            switch = (name, repr(n.args)) if name.startswith("_enter") else n
+            now = Modes(now.grad, now.entered[:-1] if name.startswith("_exit") else (*now.entered, switch))
+        out[n] = now
+    return out
+
+
 def storage(n: Node) -> int | None:
     """An identity of the storage behind a tensor-valued node."""
     v = value(n)
@@ -148,15 +182,20 @@ def storage(n: Node) -> int | None:
         return storage(n.args[0]) if n.args and isinstance(n.args[0], Node) else None
 
 
-def written_storages(nodes: Iterable[Node]) -> dict[int, Node]:
-    """For each storage that is written in place: the last node that writes it."""
-    out: dict[int, Node] = {}
+def writers(nodes: Iterable[Node]) -> dict[int, list[Node]]:
+    """For each storage that is written in place: the nodes that write it, in their order."""
+    out: dict[int, list[Node]] = {}
     for n in nodes:
         for a in written_by(n):
             s = storage(a)
             if s is not None:
-                out[s] = n
+                out.setdefault(s, []).append(n)
     return out
+
+
+def written_storages(nodes: Iterable[Node]) -> dict[int, Node]:
+    """For each storage that is written in place: the last node that writes it."""
+    return {s: ns[-1] for s, ns in writers(nodes).items()}
 
 
 def source_of(n: Node) -> str:

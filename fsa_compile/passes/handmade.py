@@ -44,7 +44,7 @@ def match(r: Reader, n: Node) -> Normalised | None:
     if op_name(n) != "div" or len(n.args) < 2 or not all(is_tensor(a) for a in n.args[:2]):
         return None
     numerator, total = n.args[:2]
-    found = _total(total)
+    found = _reduction(total, "sum", through=("expand", "unsqueeze"))
     if found is None:
         return None
     weights, axis, kept = found
@@ -63,42 +63,31 @@ def _normalised_logits(n: Node) -> Normalised | None:
         return Normalised(n.args[0], axis(n.args[1], rank(n)), deferred=False)
     if op_name(n) != "sub" or not all(is_tensor(a) for a in n.args[:2]) or argument(n, 2, "alpha", 1) != 1:
         return None
-    logits, total = n.args[:2]
-    restored = None
-    if op_name(total) == "unsqueeze":
-        restored, total = axis(total.args[1], rank(total)), total.args[0]
-    if op_name(total) != "logsumexp" or total.args[0] is not logits:
-        return None
-    dims = argument(total, 1, "dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    if len(dims) != 1:
-        return None
-    d = axis(dims[0], rank(logits))
-    kept = bool(argument(total, 2, "keepdim", False)) != (restored == d)
-    return Normalised(logits, d, deferred=False) if kept else None
+    found = _reduction(n.args[1], "logsumexp", through=("unsqueeze",))
+    return Normalised(found[0], found[1], deferred=False) if found is not None and found[0] is n.args[0] and found[2] else None
 
 
-def _total(total: Node) -> tuple[Node, int, bool] | None:
-    """``e.sum(d)``: (e, d, whether the axis is kept or put back)."""
+def _reduction(n: Node, name: str, through: tuple[str, ...]) -> tuple[Node, int, bool] | None:
+    """``y.name(d)``, perhaps under the ops `through`: (y, d, whether the axis is kept or put back)."""
     from .nodes import argument, axis, op_name, rank
 
     restored = None  # the dimension that an unsqueeze puts back
-    while op_name(total) in ("expand", "unsqueeze"):
-        if op_name(total) == "unsqueeze":
+    while op_name(n) in through:
+        if op_name(n) == "unsqueeze":
             if restored is not None:
                 return None
-            restored = axis(total.args[1], rank(total))
-        total = total.args[0]
-    if op_name(total) != "sum":
+            restored = axis(n.args[1], rank(n))
+        n = n.args[0]
+    if op_name(n) != name:
         return None
-    weights, dims = total.args[0], argument(total, 1, "dim")
+    source, dims = n.args[0], argument(n, 1, "dim")
     if isinstance(dims, int):
         dims = [dims]
     if not dims or len(dims) != 1:
         return None
-    d = axis(dims[0], rank(weights))
-    keepdim = bool(argument(total, 2, "keepdim", False))
-    return weights, d, keepdim != (restored == d)
+    d = axis(dims[0], rank(source))
+    keepdim = bool(argument(n, 2, "keepdim", False))
+    return source, d, keepdim != (restored == d)
 
 
 def is_weights(n: Node) -> bool:

@@ -214,7 +214,7 @@ class Surroundings:
         self.written = dg.written_storages(graph.nodes)
         opaque = dg.transformed(graph)
         self.unseen = dg.written_storages(n for n in graph.nodes if n in opaque or dg.is_higher_order(n) and not dg.is_flex(n))
-        self.modes = _grad_modes(graph)
+        self.modes = dg.modes(graph)
 
     def allow(self, placement: Placement) -> None:
         """Whether the op may stand in `placement`.
@@ -231,7 +231,7 @@ class Surroundings:
         self._seen_as_written(output)
         path = _between(operands, output)
         for n in sorted(path, key=self.order.__getitem__):
-            if self.modes[n] != self.modes[output]:
+            if self.modes[n].gradients != self.modes[output].gradients:
                 raise Refusal(ReasonKind.GRADIENT, "the attention is computed partly without gradients", source=dg.source_of(n))
         _no_hooks(path)
 
@@ -242,7 +242,6 @@ class Surroundings:
             if writer is not None and (self.order[writer] > self.order[output] or n is output):
                 text = f"{n.name} is written in place by {dg.target_name(writer)}"
                 raise Refusal(ReasonKind.MUTATION, text, source=dg.source_of(writer))
-
 
     def _seen_as_written(self, output: Node) -> None:
         """What is written inside of calls that the shadow does not hold has one value there: nothing may read an older one."""
@@ -276,20 +275,6 @@ def _between(operands: tuple[Node, ...], output: Node) -> set[Node]:
 def _is_real(n: Node) -> bool:
     v = dg.value(n)
     return not isinstance(v, torch.Tensor) or v.is_floating_point()
-
-
-def _grad_modes(graph: Graph) -> dict[Node, object]:
-    """For each node: the grad mode, and how deep it is in inference mode."""
-    grad: object = None
-    inference = 0
-    modes: dict[Node, object] = {}
-    for n in graph.nodes:
-        name = dg.target_name(n)
-        if name == "_set_grad_enabled":
-            grad = n.args[0]
-        inference += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
-        modes[n] = (grad, inference)
-    return modes
 
 
 def _no_hooks(path: set[Node]) -> None:

@@ -56,7 +56,7 @@ def attention_parts(gm: GraphModule) -> list[Part]:
     below = _below_softmaxes(gm, cuts)
     if not below:
         return []
-    written = _writers(gm, cuts)
+    written = dg.writers(n for n in gm.graph.nodes if n not in cuts)
     owns = [set(own) for own in _connected(below)]
     wanted = [_wanted(own, cuts, written) for own in owns]
     if sum(map(len, wanted)) > MOST_OVERLAP * len(set().union(*wanted)) or _entangled(owns, wanted):
@@ -79,10 +79,11 @@ def _nearby(part: Part, written: dict[int, list[Node]]) -> Part:
     # The values of a tensor that is written are told apart by tracing all writes.
     if len(nodes) <= most or any(dg.storage(n) in written for n in part.nodes):
         return part
+    order = {n: k for k, n in enumerate(part.nodes)}
     ring = list(near)
     while ring and len(near) < most:
         around = {a for n in ring for a in (*dg.inputs(n), *n.users) if a in nodes and a not in near}
-        ring = sorted(around, key=part.nodes.index)[: most - len(near)] if len(near) + len(around) > most else list(around)
+        ring = sorted(around, key=order.__getitem__)[: most - len(near)] if len(near) + len(around) > most else list(around)
         near.update(ring)
     return Part(tuple(n for n in part.nodes if n in near), part.own & near)
 
@@ -135,17 +136,6 @@ def _connected(nodes: Iterable[Node]) -> list[list[Node]]:
     return list(components.values())
 
 
-def _writers(gm: GraphModule, cuts: set[Node]) -> dict[int, list[Node]]:
-    """For each storage: the nodes that write into it."""
-    written: dict[int, list[Node]] = {}
-    for n in gm.graph.nodes:
-        for a in dg.written_by(n) if n not in cuts else ():
-            s = dg.storage(a)
-            if s is not None:
-                written.setdefault(s, []).append(n)
-    return written
-
-
 def _wanted(own: Iterable[Node], cuts: set[Node], written: dict[int, list[Node]]) -> set[Node]:
     """The nodes and what they depend on. A write into something wanted is wanted, with what it writes."""
     wanted = dg.ancestors(own, cuts)
@@ -164,7 +154,7 @@ def repeated(gm: GraphModule, parts: Iterable[Part], buffers: Buffers) -> list[R
         parts: From `attention_parts`.
         buffers: Which inputs have a value that may be read.
     """
-    modes = _modes(gm)
+    modes = dg.modes(gm.graph)
     alike: dict[object, list[tuple[Part, list[Node]]]] = {}
     for part in parts:
         lines, ranked = _description(part, modes)
@@ -181,7 +171,7 @@ def repeated(gm: GraphModule, parts: Iterable[Part], buffers: Buffers) -> list[R
     return out
 
 
-def _description(part: Part, modes: Mapping[Node, object]) -> tuple[tuple[object, ...], list[Node]]:
+def _description(part: Part, modes: Mapping[Node, dg.Modes]) -> tuple[tuple[object, ...], list[Node]]:
     """What a part is, hashable and without names; and its nodes and inputs by rank."""
     rank: dict[Node, int] = {}
     storages: dict[int, int] = {}
@@ -225,23 +215,6 @@ def _described(value: object, n: Node) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(_described(y, n) for y in value)
     return type(value).__name__ if value is None else n  # of other things nothing is known
-
-
-def _modes(gm: GraphModule) -> dict[Node, object]:
-    """For each node: the switches of modes that are in force."""
-    grad: object = None
-    entered: list[object] = []
-    modes: dict[Node, object] = {}
-    for n in gm.graph.nodes:
-        name = dg.target_name(n)
-        if name == "_set_grad_enabled":
-            grad = n.args[0]
-        elif dg.switches_mode(n) and name.startswith("_exit"):
-            entered = entered[:-1]
-        elif dg.switches_mode(n):
-            entered = [*entered, (name, repr(n.args)) if name.startswith("_enter") else n]
-        modes[n] = grad, tuple(entered)
-    return modes
 
 
 def to_trace(gm: GraphModule, parts: Iterable[Part]) -> tuple[list[Node], list[Node]]:

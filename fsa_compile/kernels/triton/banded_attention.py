@@ -14,7 +14,7 @@ from .alignment import align, narrow
 from .banded_backward import backward
 from .banded_forward import forward
 from .bands import BandRule
-from .launch import device_of, power_of_two
+from .launch import current_device, device_of, power_of_two
 from .selected_attention import DTYPES, MOST_HEAD_DIM
 
 __all__ = ["BandRule", "banded_attention_backward", "banded_attention_forward", "supports"]
@@ -71,7 +71,7 @@ def banded_attention_forward(
         ValueError: for inputs that `supports` refuses, or a stride below 1.
     """
     _check(q, k, v, rule)
-    with _on(q):
+    with current_device(q):
         out, lse = forward(*map(align, (q, k, v)), scale, rule)
     return narrow(out, v.shape[-1]), lse
 
@@ -104,7 +104,7 @@ def banded_attention_backward(
     """
     _check(q, k, v, rule)
     aligned = [align(x) for x in (q, k, v, out)]
-    with _on(q):
+    with current_device(q):
         dq, dk, dv = backward(align(dout.to(q.dtype)), dlse, *aligned, lse.contiguous(), scale, rule)
     return narrow(dq, q.shape[-1]), narrow(dk, k.shape[-1]), narrow(dv, v.shape[-1])
 
@@ -114,7 +114,3 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: BandRule) ->
         raise ValueError(f"stride must be at least 1, not {rule.stride}.")
     if (why := supports(q, k, v)) is not None:
         raise ValueError(f"banded attention: {why}")
-
-
-def _on(x: torch.Tensor) -> torch.cuda.device:
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)

@@ -24,7 +24,7 @@ from .bands import BandRule, band_stop, query_shift
 from .block_lists import WORDS, forced_blocks, list_blocks, rank_blocks
 from .block_scores import score_by_max, score_by_sum
 from .items import tile_mask
-from .launch import Device, device_of, power_of_two
+from .launch import Device, current_device, device_of, power_of_two
 from .selected_attention import DTYPES, MOST_HEAD_DIM
 from .selected_forward import LOG2E
 
@@ -361,7 +361,7 @@ def _launch(
     scratch = torch.empty(programs * launch.queries * row, dtype=torch.float32, device=q.device)
     notes = torch.empty(programs * launch.queries * (WORDS.value + 2 * sections * slots), dtype=torch.int32, device=q.device)
     _, stride, last, prefix, offset = rule.arguments
-    with torch.cuda.device(q.device if q.device.type == "cuda" else -1):
+    with current_device(q):
         _selection_kernel[(programs,)](
             q, k, scratch if lse is None else lse, out, scratch, notes, out if rule.q_offsets is None else rule.q_offsets,
             *q.stride()[:3], *k.stride()[:3], n, c, blocks, stride, last, prefix, offset, kernel_size, block_size,

@@ -77,6 +77,11 @@ def slice_queries(n: int, query_bytes: int, budget: int) -> int:
     return min(n, most // 64 * 64 if most >= 64 else max(16, most // 16 * 16))
 
 
+def current_device(x: torch.Tensor) -> torch.cuda.device:
+    """Makes the GPU that holds `x` the current one; does nothing where there is none."""
+    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
 def device_of(x: torch.Tensor) -> Device:
     """The GPU that holds `x`; an H100 where there is none (shapes are then checked, or kernels interpreted)."""
     if x.device.type != "cuda":

@@ -14,7 +14,7 @@ import torch
 
 from .alignment import align, narrow
 from .launch import (
-    backward_launch, backward_shared_memory, device_of, forward_launch, forward_shared_memory, power_of_two,
+    backward_launch, backward_shared_memory, current_device, device_of, forward_launch, forward_shared_memory, power_of_two,
 )  # fmt: skip
 from .plan import Positions
 from .selected_backward import backward
@@ -96,7 +96,7 @@ def selected_attention_forward(
         ValueError: for an unknown rule or inputs that `supports` refuses.
     """
     _check(q, k, v, indices, block_size, rule)
-    with _on(q):
+    with current_device(q):
         out, lse = forward(*map(align, (q, k, v)), indices, block_size, scale, rule, Positions(q_offset, q_offsets))
     return narrow(out, v.shape[-1]), lse
 
@@ -136,7 +136,7 @@ def selected_attention_backward(
     """
     _check(q, k, v, indices, block_size, rule)
     aligned = [align(x) for x in (q, k, v, out)]
-    with _on(q):
+    with current_device(q):
         dq, dk, dv = backward(
             align(dout.to(q.dtype)), dlse, *aligned, lse.contiguous(), indices, block_size, scale, rule,
             Positions(q_offset, q_offsets), torch.are_deterministic_algorithms_enabled(),
@@ -151,7 +151,3 @@ def _check(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}.")
     if (why := supports(q, k, v, indices, block_size)) is not None:
         raise ValueError(f"selected attention: {why}")
-
-
-def _on(x: torch.Tensor) -> torch.cuda.device:
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
