@@ -18,16 +18,17 @@ from .expr import Expr
 from .layout import Layout, find_layout
 from .nodes import dtype, op_name
 from .normal_form import Anchor, NormalForm
-from .reader import Coords, Reader, Step
+from .operands import Step, chain
+from .reader import Coords, Reader
 from .refusal import Refusal
 
 
 def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: frozenset[Node]) -> Iterator[AttentionForm]:
     """Name batch, heads and queries, and choose how deep to take Q, K and V."""
     rows = [o for o in raw.coords if o is not raw.value_dim]
-    keys = [s for s in reversed(r.chain(*raw.k)) if s.node in replaceable and raw.d in s.coords]
-    vals = [s for s in reversed(r.chain(*raw.v)) if s.node in replaceable and raw.value_dim in s.coords and s.factor == 1]
-    queries = [s for s in reversed(r.chain(*raw.q)) if s.node in replaceable and raw.d in s.coords]
+    keys = [s for s in reversed(chain(r, *raw.k)) if s.node in replaceable and raw.d in s.coords]
+    vals = [s for s in reversed(chain(r, *raw.v)) if s.node in replaceable and raw.value_dim in s.coords and s.factor == 1]
+    queries = [s for s in reversed(chain(r, *raw.q)) if s.node in replaceable and raw.d in s.coords]
     heads_wrong = None
     found = False
     for b, h, i in _assignments(raw, rows):
@@ -92,7 +93,7 @@ def _other_head_map(
 
 def _different_places(r: Reader, raw: NormalForm) -> Refusal:
     """Why no cut of K and V fits."""
-    deepest_k, deepest_v = r.chain(*raw.k)[-1], r.chain(*raw.v)[-1]
+    deepest_k, deepest_v = chain(r, *raw.k)[-1], chain(r, *raw.v)[-1]
     if op_name(deepest_k.node) in ("mul", "multiply") and deepest_v.node is not deepest_k.node:
         gathered = any(t.op == "apply" for c in deepest_v.coords for t in x.walk(c))
         if gathered:

@@ -56,6 +56,20 @@ def axis(d: int, r: int) -> int:
     return d + r if d < 0 else d
 
 
+def constant_factor(n: Node) -> tuple[Node, float] | None:
+    """``source * c`` or ``source / c`` with a Python number: (source, factor)."""
+    if op_name(n) not in ("mul", "div"):
+        return None
+    a, b = n.args[:2]
+    if isinstance(a, Node) and isinstance(b, (int, float)) and not isinstance(b, bool):
+        if op_name(n) == "mul":
+            return a, float(b)
+        return (a, 1.0 / b) if b and n.kwargs.get("rounding_mode") is None else None
+    if isinstance(b, Node) and isinstance(a, (int, float)) and op_name(n) == "mul":
+        return b, float(a)
+    return None
+
+
 def literal(v: Any, dt: torch.dtype) -> Expr:
     """A Python number as an element of a tensor of that dtype."""
     if dt == torch.bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from . import expr as x
 from . import handmade
 from .buffers import Buffer
 from .expr import Expr
-from .nodes import axis, dtype, exact, holds, is_real, is_tensor, literal, op_name, rank, rounded
+from .nodes import axis, constant_factor, dtype, exact, is_real, is_tensor, literal, op_name, rank, rounded
 from .sizes import Sizes
 
 Coords = tuple[Expr, ...]
@@ -108,23 +107,6 @@ def values(*names: str) -> Callable[[ValueRule], ValueRule]:
         return rule
 
     return register
-
-
-@dataclass(frozen=True)
-class Step:
-    """One depth of an operand: the same element, seen at an earlier node.
-
-    Attributes:
-        node: The node.
-        coords: Where the element stands in it.
-        guard: When the element comes from here (padding otherwise).
-        factor: The constant that multiplies it on the way up.
-    """
-
-    node: Node
-    coords: Coords
-    guard: Expr
-    factor: float
 
 
 class Reader:
@@ -323,47 +305,6 @@ class Reader:
         through = name in MOVES or name in ("nan_to_num", "masked_fill")
         return through and is_tensor(n.args[0]) and self.is_probability(n.args[0])
 
-    def chain(self, n: Node, coords: Coords) -> list[Step]:
-        """The same element at every depth: along single-source moves and constant factors, shallowest first."""
-        guard, factor, used = x.TRUE, 1.0, dtype(n)
-        out = [Step(n, coords, guard, factor)]
-        while True:
-            k = constant_factor(n) if is_real(n) else None
-            if k is not None:
-                source, by = k
-                factor *= by
-                n, coords = source, self.align(source, coords)
-            else:
-                step = self.move(n, coords, Mode.OPERAND)
-                if step is not None and dtype(n) != used and not holds(dtype(n), dtype(step.source)):
-                    return out  # rounded to less than it is used in: that rounding must stay
-                if step is None:
-                    return out + self._joined(n, coords, guard, factor)
-                n, coords, guard = step.source, step.coords, x.conj(guard, step.guard)
-            out.append(Step(n, coords, guard, factor))
-
-    def _joined(self, n: Node, coords: Coords, guard: Expr, factor: float) -> list[Step]:
-        """Below a concatenation whose parts come from one tensor: that tensor, at coordinates that depend on the part.
-
-        A look-back chunk is the previous chunk and this one; parts of zeros are padding.
-        """
-        if op_name(n) not in ("cat", "concat"):
-            return []
-        from .rules.membership import parts_of
-
-        merged: dict[Node, Step] | None = None
-        for condition, part, inside in reversed(parts_of(self, n, coords)):
-            if self.read(part, inside, Mode.FORMULA) is x.real(0):
-                below: dict[Node, Step] = {}
-            else:
-                below = {s.node: s for s in self.chain(part, inside)}
-                if merged is not None and any(merged.values()):
-                    below = {k: s for k, s in below.items() if k in merged and merged[k].factor == s.factor}
-                if not below:
-                    return []
-            merged = _either(condition, below, merged)
-        return [Step(s.node, s.coords, x.conj(guard, s.guard), factor * s.factor) for s in (merged or {}).values()]
-
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
         """What the division or exponential `n` normalises: (weights ``e = exp(y)`` or logits, axis), or None. See `handmade.py`."""
@@ -402,39 +343,6 @@ class Reader:
         e = x.dot(bound, [f for _, _, f in factors])
         self.operands[e] = tuple((n, c) for n, c, _ in factors)
         return e
-
-
-def _either(condition: Expr, a: dict[Node, Step], b: dict[Node, Step] | None) -> dict[Node, Step]:
-    """The steps `a` where the condition holds and `b` otherwise; an empty side is padding."""
-    if b is None:
-        return a
-    if not a:
-        return {k: Step(s.node, s.coords, x.conj(x.negate(condition), s.guard), s.factor) for k, s in b.items()}
-    if not b:
-        return {k: Step(s.node, s.coords, x.conj(condition, s.guard), s.factor) for k, s in a.items()}
-    return {
-        k: Step(
-            s.node,
-            tuple(x.select(condition, p, q) for p, q in zip(s.coords, b[k].coords)),
-            x.select(condition, s.guard, b[k].guard),
-            s.factor,
-        )
-        for k, s in a.items()
-    }
-
-
-def constant_factor(n: Node) -> tuple[Node, float] | None:
-    """``source * c`` or ``source / c`` with a Python number: (source, factor)."""
-    if op_name(n) not in ("mul", "div"):
-        return None
-    a, b = n.args[:2]
-    if isinstance(a, Node) and isinstance(b, (int, float)) and not isinstance(b, bool):
-        if op_name(n) == "mul":
-            return a, float(b)
-        return (a, 1.0 / b) if b and n.kwargs.get("rounding_mode") is None else None
-    if isinstance(b, Node) and isinstance(a, (int, float)) and op_name(n) == "mul":
-        return b, float(a)
-    return None
 
 
 def _small_constant(gm: GraphModule, n: Node) -> Any:

@@ -9,9 +9,10 @@ from torch.fx import Node
 
 from ...report import ReasonKind
 from .. import expr as x
+from .. import operands
 from ..expr import Expr
-from ..nodes import argument, axis, dtype, is_real, is_tensor, op_name, rank
-from ..reader import Coords, Mode, Reader, Step, constant_factor, fused, values
+from ..nodes import argument, axis, constant_factor, dtype, is_real, is_tensor, op_name, rank
+from ..reader import Coords, Mode, Reader, fused, values
 from ..refusal import Refusal
 
 PRODUCTS = ("mul", "multiply")
@@ -158,7 +159,7 @@ def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     if [v for v in product.args[0]] != [x.as_var(at[d])]:
         return None
     # The row of the sum, read down to the sum itself.
-    steps = [s for s in r.chain(total, r.align(total, c)) if op_name(s.node) == "sum"]
+    steps = [s for s in operands.chain(r, total, r.align(total, c)) if op_name(s.node) == "sum"]
     if not steps or steps[0].guard is not x.TRUE:
         return None
     row = steps[0].coords
@@ -170,11 +171,11 @@ def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     return r.contraction([at[d]], [(None, (), x.softmax(n.name, at)), operand(r, other, where)])
 
 
-def _down_to(r: Reader, factor: tuple[Node | None, Coords], node: Node) -> list[Step]:
+def _down_to(r: Reader, factor: tuple[Node | None, Coords], node: Node) -> list[operands.Step]:
     """Where a factor of a contraction stands in a node that it is a view of."""
     if factor[0] is None:
         return []
-    return [s for s in r.chain(factor[0], factor[1]) if s.node is node and s.guard is x.TRUE and s.factor == 1]
+    return [s for s in operands.chain(r, factor[0], factor[1]) if s.node is node and s.guard is x.TRUE and s.factor == 1]
 
 
 @values("scaled_dot_product_attention")

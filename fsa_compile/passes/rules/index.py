@@ -339,3 +339,14 @@ def _cat_of_one(r: Reader, n: Node, c: Coords) -> Move | None:
 def nonempty(r: Reader, tensors: Sequence[Node]) -> list[Node]:
     """The parts of a concatenation that are not statically empty."""
     return [t for t in tensors if is_tensor(t) and not any(s is x.ZERO for s in r.shape(t))]
+
+
+def parts_of(r: Reader, n: Node, c: Coords) -> list[tuple[Expr, Node, Coords]]:
+    """The parts of a concatenation: when the element lies before the end of the part, the part, and where in it."""
+    d = axis(argument(n, 1, "dim", 0), rank(n))
+    out, start = [], x.ZERO
+    for t in nonempty(r, n.args[0]):
+        end = x.plus(start, r.shape(t)[d])
+        out.append((x.less(c[d], end), t, at(c, d, x.minus(c[d], start))))
+        start = end
+    return out

@@ -9,7 +9,7 @@ from .. import expr as x
 from ..expr import Expr
 from ..nodes import argument, axis, dtype, is_tensor, literal, op_name, rank
 from ..reader import Coords, Mode, Reader, values
-from .index import at, nonempty, r_axis, slice_start, wrap
+from .index import at, parts_of, r_axis, slice_start, wrap
 from .pointwise import converted
 
 
@@ -152,17 +152,6 @@ def _isin(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     v = x.var(f"{n.name}.slot", r.shape(pool)[0])
     a, b = r.read(pool, (v,)), r.read(elements, c)
     return x.exists(v, x.equal(a, b)) if a.sort == b.sort == x.INT else None
-
-
-def parts_of(r: Reader, n: Node, c: Coords) -> list[tuple[Expr, Node, Coords]]:
-    """The parts of a concatenation: when the element lies before the end of the part, the part, and where in it."""
-    d = axis(argument(n, 1, "dim", 0), rank(n))
-    out, start = [], x.ZERO
-    for t in nonempty(r, n.args[0]):
-        end = x.plus(start, r.shape(t)[d])
-        out.append((x.less(c[d], end), t, at(c, d, x.minus(c[d], start))))
-        start = end
-    return out
 
 
 @values("cat", "concat")
