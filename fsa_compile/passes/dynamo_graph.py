@@ -143,7 +143,7 @@ class Modes:
     """The modes in force at a node.
 
     Attributes:
-        grad: What the last `_set_grad_enabled` said, None before any.
+        grad: What the last `_set_grad_enabled` said; before any, the mode that the graph is entered in.
         entered: The other switches that are in force, outermost first.
     """
 
@@ -156,9 +156,14 @@ class Modes:
         return self.grad, sum(isinstance(e, tuple) and e[0] == "_enter_inference_mode" for e in self.entered)
 
 
-def modes(graph: Graph) -> dict[Node, Modes]:
-    """The modes in force at each node, the switches themselves included."""
-    now = Modes(None, ())
+def modes(graph: Graph, grad: object) -> dict[Node, Modes]:
+    """The modes in force at each node, the switches themselves included.
+
+    Args:
+        graph: The graph.
+        grad: Whether gradients are recorded when it is entered. A block under `no_grad` ends by switching to that mode again.
+    """
+    now = Modes(grad, ())
     out: dict[Node, Modes] = {}
     for n in graph.nodes:
         name = target_name(n)

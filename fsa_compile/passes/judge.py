@@ -56,13 +56,16 @@ class Judge:
         r: Reader of the shadow.
         shadow: The shadow of the first of each group of equal parts.
         graph: The Dynamo graph.
+        modes: The modes in force at its nodes.
         buffers: Its inputs that have a value.
         options: What may be done, and the time for proofs.
     """
 
-    def __init__(self, r: Reader, shadow: Shadow, graph: Graph, buffers: Buffers, options: Options) -> None:
+    def __init__(
+        self, r: Reader, shadow: Shadow, graph: Graph, modes: Mapping[Node, dg.Modes], buffers: Buffers, options: Options
+    ) -> None:
         self.r, self.shadow, self.buffers, self.options = r, shadow, buffers, options
-        self.surroundings = Surroundings(graph)
+        self.surroundings = Surroundings(graph, modes)
         self.prover = Prover(r, options.proof_seconds)
         self.patterns = [p for p in registered() if not _disabled(p.name, options)]
 

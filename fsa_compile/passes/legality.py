@@ -207,14 +207,15 @@ class Surroundings:
 
     Args:
         graph: The Dynamo graph, before any rewrite.
+        modes: The modes in force at its nodes.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, modes: Mapping[Node, dg.Modes]) -> None:
         self.order = {n: p for p, n in enumerate(graph.nodes)}
         self.written = dg.written_storages(graph.nodes)
         opaque = dg.transformed(graph)
         self.unseen = dg.written_storages(n for n in graph.nodes if n in opaque or dg.is_higher_order(n) and not dg.is_flex(n))
-        self.modes = dg.modes(graph)
+        self.modes = modes
 
     def allow(self, placement: Placement) -> None:
         """Whether the op may stand in `placement`.

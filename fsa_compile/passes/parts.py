@@ -146,15 +146,15 @@ def _wanted(own: Iterable[Node], cuts: set[Node], written: dict[int, list[Node]]
         wanted |= dg.ancestors(more, cuts)
 
 
-def repeated(gm: GraphModule, parts: Iterable[Part], buffers: Buffers) -> list[Repeated]:
+def repeated(gm: GraphModule, parts: Iterable[Part], modes: Mapping[Node, dg.Modes], buffers: Buffers) -> list[Repeated]:
     """The parts grouped by what they are.
 
     Args:
         gm: Their graph.
         parts: From `attention_parts`.
+        modes: The modes in force at the nodes of the graph.
         buffers: Which inputs have a value that may be read.
     """
-    modes = dg.modes(gm.graph)
     alike: dict[object, list[tuple[Part, list[Node]]]] = {}
     for part in parts:
         lines, ranked = _description(part, modes)

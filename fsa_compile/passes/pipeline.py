@@ -7,15 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..options import Options
-from ..report import GraphReport, Site
+from ..report import GraphReport, Site, Verdict
 from . import dynamo_graph as dg
 from .buffers import Buffers
 from .differential import known_values, Mismatch, SecondLine
-from .judge import Judge, Judged, internal
+from .judge import Fusion, internal, Judge, Judged
 from .parts import attention_parts, repeated, to_trace
 from .reader import Reader
 from .refusal import Refusal
@@ -45,6 +46,7 @@ def analyse_and_rewrite(
     rewrite: bool = True,
     buffers: Buffers | None = None,
     original: Original | None = None,
+    grad: object = None,
 ) -> tuple[GraphReport, ...]:
     """Analyse a Dynamo graph and the checkpoint bodies in it, and put the ops in.
 
@@ -55,6 +57,8 @@ def analyse_and_rewrite(
         rewrite: False to analyse only.
         buffers: The inputs whose value may be read; it learns which of them the rewrites rely on.
         original: A copy of the graph, which learns what was replaced.
+        grad: Whether gradients are recorded when the graph is entered; None for the mode in force, which is the one that
+            Dynamo compiles the graph for.
 
     Returns:
         One report per graph body. A fault of ours before the rewrite leaves the body as it was and is reported.
@@ -63,24 +67,34 @@ def analyse_and_rewrite(
         Exception: Any fault of ours, under ``options.strict``.
     """
     buffers = Buffers(gm, ()) if buffers is None else buffers
+    modes = dg.modes(gm.graph, torch.is_grad_enabled() if grad is None else grad)
     if original is None and rewrite and options.differential:
         original = Original(gm)
-    reports = [_one_body(gm, options, name, rewrite, buffers, original)]
-    for attribute, body in dg.bodies(gm):
+    entered = [modes[call].grad for call, _ in dg.body_calls(gm)]
+    reports = [_one_body(gm, modes, options, name, rewrite, buffers, original)]
+    for (attribute, body), mode in zip(dg.bodies(gm), entered, strict=True):
         below = original.bodies[attribute] if original is not None else None
         within = f"{name} / {attribute}"
-        reports += analyse_and_rewrite(body, options, name=within, rewrite=rewrite, buffers=buffers, original=below)
+        reports += analyse_and_rewrite(
+            body, options, name=within, rewrite=rewrite, buffers=buffers, original=below, grad=mode
+        )
     return tuple(reports)
 
 
 def _one_body(
-    gm: GraphModule, options: Options, name: str, rewrite: bool, buffers: Buffers, original: Original | None
+    gm: GraphModule,
+    modes: Mapping[Node, dg.Modes],
+    options: Options,
+    name: str,
+    rewrite: bool,
+    buffers: Buffers,
+    original: Original | None,
 ) -> GraphReport:
     nodes = sum(map(dg.is_call, gm.graph.nodes))
     clock = _Clock()
     notes = _notes(gm)
     try:
-        judged, reader = _analyse(gm, options, clock, buffers)
+        judged, reader = _analyse(gm, modes, options, clock, buffers)
     except Exception as fault:
         if options.strict:
             raise
@@ -100,15 +114,17 @@ def _one_body(
     return GraphReport(name, nodes, tuple(sites), tuple(notes), clock.seconds)
 
 
-def _analyse(gm: GraphModule, options: Options, clock: _Clock, buffers: Buffers) -> tuple[list[Judged], Reader | None]:
-    groups = repeated(gm, attention_parts(gm), buffers)
+def _analyse(
+    gm: GraphModule, modes: Mapping[Node, dg.Modes], options: Options, clock: _Clock, buffers: Buffers
+) -> tuple[list[Judged], Reader | None]:
+    groups = repeated(gm, attention_parts(gm), modes, buffers)
     clock.lap("find")
     shadow = trace(gm, *to_trace(gm, [g.part for g in groups])) if groups else None
     clock.lap("shadow")
     if shadow is None:
         return [], None
     reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow))
-    judged = Judge(reader, shadow, gm.graph, buffers, options).judge(groups)
+    judged = Judge(reader, shadow, gm.graph, modes, buffers, options).judge(groups)
     clock.lap("lift and prove")
     return judged, reader
 
@@ -140,10 +156,39 @@ def _rewrite(
                 else:
                     site = site.refuse(internal(fault.cause))
         sites.append(site)
+    for k, j in enumerate(judged):
+        if j.fusion is not None and sites[k].verdict is Verdict.REWRITTEN:
+            sites[k] = _fuse(rewriter, j, j.fusion, sites[k], options, original, known)
     if rewriter.replaced:
         gm.graph.lint()
         gm.recompile()
     return sites
+
+
+def _fuse(
+    rewriter: Rewriter,
+    j: Judged,
+    fusion: Fusion,
+    site: Site,
+    options: Options,
+    original: Original | None,
+    known: Mapping[Node, Tensor],
+) -> Site:
+    """The site with its selection, fused if that can be written down."""
+    assert j.match is not None and j.placement is not None and site.selection is not None
+    selection, second = site.selection, None
+    if original is not None:
+        where = j.placement.reading(fusion.compressed)
+        second = SecondLine(original, site, j.match, where, options, rewriter.replaced, known, verified=False)
+    try:
+        rewriter.fuse_selection(j.match, j.placement, fusion, second)
+        selection = replace(selection, checks=tuple(second.checks) if second else ())
+    except Emission as fault:  # undone by the rewriter
+        refused = isinstance(fault.cause, Refusal) and not (options.strict and isinstance(fault.cause, Mismatch))
+        if options.strict and not refused:
+            raise fault.cause from None
+        selection = selection.keep(fault.cause.reason if isinstance(fault.cause, Refusal) else internal(fault.cause))
+    return replace(site, selection=selection)
 
 
 def _place(shadow: Shadow, name: str) -> tuple[str, str | None]:

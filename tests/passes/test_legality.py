@@ -302,6 +302,14 @@ def no_grad_around_mask_and_list(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).masked_fill(~mask, -INF).softmax(-1) @ v
 
 
+def no_grad_between_the_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Logits before the block, the softmax behind it: where the block ends, the mode is that of before."""
+    logit = q @ k.mT * SCALE
+    with torch.no_grad():
+        mask = chosen_mask(choose(q, k))
+    return logit.masked_fill(~mask, -INF).softmax(-1) @ v
+
+
 CUTS = (
     detached_probabilities,
     detached_logits,
@@ -325,6 +333,7 @@ CUTS = (
     no_grad_around_the_whole,
     enable_grad_inside_no_grad,
     no_grad_around_mask_and_list,
+    no_grad_between_the_steps,
 )
 STILL_FIRES = {
     detached_query: "sliding_window",
@@ -334,6 +343,7 @@ STILL_FIRES = {
     detached_maximum: "sliding_window",
     no_grad_around_the_whole: "sliding_window",
     no_grad_around_mask_and_list: "selected",
+    no_grad_between_the_steps: "selected",
 }
 MUST_NOT_FIRE = (
     detached_probabilities,
@@ -370,6 +380,22 @@ def test_cut_gradients_stay_cut(fn: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("fn", [no_grad_around_probabilities, no_grad_around_output], ids=lambda f: f.__name__)
 def test_partly_without_gradients_is_the_reason(fn: Callable[..., Tensor]) -> None:
     assert_refused(compiled_like_eager(fn, qkv()), ReasonKind.GRADIENT)
+
+
+def test_the_mode_of_a_checkpoint_is_that_of_its_call() -> None:
+    """Logits without gradients, as the body is entered; the softmax with them."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logit = logits(q, k)
+        with torch.enable_grad():
+            return logit.softmax(-1) @ v
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            attended = checkpoint(body, q, k, v, use_reentrant=False)
+        return attended + q
+
+    assert compiled_like_eager(called, qkv()).rewritten == 0
 
 
 # ------------------------------------------------------------------------------------------- hooks
