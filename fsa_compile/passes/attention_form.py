@@ -2,7 +2,8 @@
 
 ::
 
-    logit(b, h, i, j) = scale * sum_d Q[b, h, i, d] * K[b, h // G, key(b, h, i, j), d]   if visible(b, h, i, j)
+    logit(b, h, i, j) = scale * temperatures(b, h, i)
+                        * sum_d Q[b, h, i, d] * K[b, h // G, key(b, h, i, j), d]         if visible(b, h, i, j)
                       = a fill                                                         otherwise
     out(b, h, i, :)   = sum_j softmax_j(logit) * V[b, h // G, key(b, h, i, j), :]
 """
@@ -34,6 +35,21 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """A run-time factor of all logits of a row, which the rewrite puts onto the query.
+
+    Attributes:
+        node: Name of the shadow node that holds it.
+        coords: Where, in terms of the form's b, h and i.
+        inverse: Whether the logits are divided by it.
+    """
+
+    node: str
+    coords: tuple[Expr, ...]
+    inverse: bool
+
+
+@dataclass(frozen=True)
 class AttentionForm:
     """The normal form of one attention site.
 
@@ -47,7 +63,8 @@ class AttentionForm:
         visible: When the logit is ``scale * <q, k>``; otherwise it is one of `fills`.
         fills: The constants that masked logits get.
         additive: Whether a fill is added to the product (its gradient then flows) instead of replacing it.
-        scale: What multiplies the product.
+        scale: The constant that multiplies the product.
+        temperatures: The run-time factors that multiply or divide it.
         key: The position in K and V of key index j.
         guard: When that position is real and not padding.
         keys: The length of K and V.
@@ -69,6 +86,7 @@ class AttentionForm:
     fills: frozenset[float]
     additive: bool
     scale: float
+    temperatures: tuple[Temperature, ...]
     key: Expr
     guard: Expr
     keys: Expr

@@ -21,6 +21,7 @@ from .normal_form import Anchor, NormalForm
 from .operands import Step, chain
 from .reader import Coords, Reader
 from .refusal import Refusal
+from .temperature import choose
 
 
 def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: frozenset[Node]) -> Iterator[AttentionForm]:
@@ -29,6 +30,7 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
     keys = [s for s in reversed(chain(r, *raw.k)) if s.node in replaceable and raw.d in s.coords]
     vals = [s for s in reversed(chain(r, *raw.v)) if s.node in replaceable and raw.value_dim in s.coords and s.factor == 1]
     queries = [s for s in reversed(chain(r, *raw.q)) if s.node in replaceable and raw.d in s.coords]
+    temperatures = tuple(choose(r, f, raw.q[0], replaceable) for f in raw.factors)
     heads_wrong = None
     found = False
     for b, h, i in _assignments(raw, rows):
@@ -62,8 +64,8 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
                 yield AttentionForm(
                     softmax=softmax.name, output=anchor.node.name, output_layout=out, b=b, h=h, i=i, j=raw.j,
                     sizes=(bs, x.integer(hq), ns, dk, dv), width=raw.width, visible=raw.visible, fills=raw.fills,
-                    additive=raw.additive,
-                    scale=raw.scale * qs.factor * ks.factor, key=key, guard=x.conj(ks.guard, vs.guard), keys=length,
+                    additive=raw.additive, scale=raw.scale * qs.factor * ks.factor, temperatures=temperatures,
+                    key=key, guard=x.conj(ks.guard, vs.guard), keys=length,
                     kv_heads=kv_heads, q=Operand(qs.node.name, ql, dtype(raw.q[0])),
                     k=Operand(ks.node.name, kl, dtype(raw.k[0])), v=Operand(vs.node.name, vl, dtype(raw.v[0])),
                     zero_rows=raw.zero_rows,

@@ -111,7 +111,7 @@ class Judge:
         try:
             grad = needs_grad(self.shadow, nodes.contraction)
             match = classify(self.r, nodes, frozenset(self.shadow.standing_for), self.patterns, self.prover, grad)
-            site = replace(site, role=match.candidate.role, parameters=_parameters(match), proofs=match.proofs)
+            site = replace(site, role=match.candidate.role, parameters=_parameters(match, self.r), proofs=match.proofs)
             if not match.pattern.rewrites:
                 reason = Reason(ReasonKind.NOT_SPARSE, f"{match.pattern.name} attention: left to the inner compiler")
                 return replace(blank, site=replace(site, verdict=Verdict.LEFT, reason=reason))
@@ -173,8 +173,10 @@ def _line(site: Site) -> tuple[str, str]:
     return site.source, site.module
 
 
-def _parameters(match: Match) -> dict[str, object]:
+def _parameters(match: Match, r: Reader) -> dict[str, object]:
     form = match.form
-    shared = {"scale": form.scale, "heads": form.groups * form.kv_heads, "kv_heads": form.kv_heads}
+    shared: dict[str, object] = {"scale": form.scale, "heads": form.groups * form.kv_heads, "kv_heads": form.kv_heads}
+    if form.temperatures:
+        shared["temperature"] = ", ".join(("1 / " if t.inverse else "") + r.place(t.node)[0] for t in form.temperatures)
     empty = {"empty_rows": match.empty_value} if match.empty_value is not None else {}
     return {**match.candidate.parameters, **shared, **empty}

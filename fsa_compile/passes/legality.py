@@ -54,6 +54,7 @@ class Placement:
     Attributes:
         output: The node that the op's result replaces.
         q, k, v: The operands.
+        temperatures: What multiplies or divides q first, in the order of the form.
         blocks: The segments of the block list, if the role has one.
         data: For each shadow node that the block list reads: the Dynamo node that holds it.
     """
@@ -62,14 +63,20 @@ class Placement:
     q: Node
     k: Node
     v: Node
+    temperatures: tuple[Node, ...]
     blocks: tuple[ListTensor, ...]
     data: dict[str, Node]
 
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        """The tensors that gradients flow to."""
+        return self.q, self.k, self.v, *self.temperatures
 
     def in_copy(self, counterpart: Mapping[Node, Node]) -> Placement:
         """The same place in a repetition of the part of the graph (`parts.Repeated.copies`)."""
-        output, q, k, v = (counterpart[n] for n in (self.output, self.q, self.k, self.v))
-        return Placement(output, q, k, v, self.blocks, {name: counterpart[n] for name, n in self.data.items()})
+        output, q, k, v, *temperatures = (counterpart[n] for n in (self.output, *self.operands))
+        data = {name: counterpart[n] for name, n in self.data.items()}
+        return Placement(output, q, k, v, tuple(temperatures), self.blocks, data)
 
 
 def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
@@ -85,10 +92,10 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
 
     output = first(form.output)
     _one_mask(r.nodes[form.softmax])
-    q, k, v = (first(o.node) for o in (form.q, form.k, form.v))
+    q, k, v, *temperatures = (first(o.node) for o in (form.q, form.k, form.v, *form.temperatures))
     blocks = tuple(_list_tensors(r, shadow, match))
     data = {name: _holder(r, shadow, name) for name in sorted(_data_names(blocks))}
-    return Placement(output, q, k, v, blocks, data)
+    return Placement(output, q, k, v, tuple(temperatures), blocks, data)
 
 
 def _one_mask(softmax: Node) -> None:
@@ -223,7 +230,7 @@ class Surroundings:
         Raises:
             Refusal: If not.
         """
-        output, operands = placement.output, (placement.q, placement.k, placement.v)
+        output, operands = placement.output, placement.operands
         for n in (*operands, *placement.data.values()):
             if self.order[n] >= self.order[output]:
                 text = f"{n.name} is computed after the attention that needs it"

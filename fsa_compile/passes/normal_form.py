@@ -18,6 +18,7 @@ from .nodes import dtype, is_real, is_tensor, op_name, rounded
 from .reader import Coords, Reader
 from .refusal import Refusal
 from .smt import solve
+from .temperature import Factor, Term, terms
 
 SAFE = ("scaled_dot_product_attention", "_safe_softmax", "fsa_shadow::flex_attention")
 """Softmaxes that give zeros, not NaN, for a row of -inf."""
@@ -36,6 +37,7 @@ class NormalForm:
         coords: The four virtual coordinates of the output; `value_dim` is the one that belongs to the values.
         j: The key index; d: the head dimension that queries and keys contract; width: how many key indices there are.
         visible, fills, additive, scale, zero_rows: As in `AttentionForm`.
+        factors: What becomes the form's temperatures.
         q, k, v: The operands at the contractions: (node, coordinates).
     """
 
@@ -48,6 +50,7 @@ class NormalForm:
     fills: frozenset[float]
     additive: bool
     scale: float
+    factors: tuple[Factor, ...]
     q: tuple[Node, Coords]
     k: tuple[Node, Coords]
     v: tuple[Node, Coords]
@@ -76,14 +79,6 @@ def _strip(e: Expr) -> tuple[float, bool, Expr]:
             return k, zeroed, e
 
 
-def _terms(e: Expr, k: float = 1.0) -> list[tuple[float, Expr]]:
-    if e.op == "add":
-        return _terms(e.args[0], k) + _terms(e.args[1], k)
-    if e.op == "scaled":
-        return _terms(e.args[1], k * e.args[0])
-    return [(k, e)]
-
-
 def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> NormalForm:
     factor, _, e = _strip(r.read(anchor.node, anchor.real))
     if e.op != "dot":
@@ -105,14 +100,20 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     jv = x.as_var(j)
     assert jv is not None
     logit = r.logit(softmax, coords)
-    visible, fills, additive, scale, product = _masked_product(
-        logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
+    visible, fills, additive, product = _masked_product(
+        r, logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
     )
     if kept is not x.TRUE and not _keeps_what_is_visible(kept, visible, jv):
         raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
-    if len(product.args[0]) != 1:
+    bound = product.rest.args[0]
+    if len(bound) != 1:
         raise Refusal(ReasonKind.LOGITS, "the logits sum over several head dimensions")
-    operands = r.operands[product]
+    operands, factors = [], list(product.factors)
+    for n, c in r.operands[product.rest]:
+        if n is None or any(v in q.free for q in c for v in (jv, *bound)):
+            operands.append((n, c))
+        else:
+            factors.append(Factor(n, c))
     if len(operands) != 2:
         raise Refusal(ReasonKind.LOGITS, "the logits contract more than a query and a key")
     keyed = [k for k, (_, c) in enumerate(operands) if any(jv in q.free for q in c)]
@@ -121,13 +122,13 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     (kn, kc), (qn, qc) = operands[keyed[0]], operands[1 - keyed[0]]
     assert kn is not None and qn is not None
     _no_narrower_cast(contraction, (qn, kn, value_node))
-    rows = visible.free.union(*(c.free for c in (*coords, *qc)))
+    rows = visible.free.union(*(c.free for c in (*coords, *qc, *(c for f in factors for c in f.coords))))
     spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
     if len(spare) != 1:
         raise Refusal(ReasonKind.OPERANDS, "no single dimension of the output belongs to the values alone")
     return NormalForm(
-        coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(product.args[0][0]), width=width, visible=visible, fills=fills,
-        additive=additive, scale=scale, q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
+        coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
+        additive=additive, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
         zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
     )  # fmt: skip
 
@@ -231,20 +232,28 @@ def _key_variable(
     return coords, value_coords, j, width, kept
 
 
-def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, frozenset[float], bool, float, Expr]:
-    """Split the cases of a logit into scale * <q, k> and constant fills, which may be added to the product.
+def _masked_product(
+    r: Reader, logit: Expr, jv: Expr, threshold: float
+) -> tuple[Expr, frozenset[float], bool, Term]:
+    """Split the cases of a logit into one product of queries and keys and constant fills, which may be added to the product.
 
     Terms free of the key shift a whole row and drop out of the softmax, if every visible key of the row gets them.
     """
     additive = False
     visible: list[Expr] = []
     fills: set[float] = set()
-    products: set[tuple[float, Expr]] = set()
-    shifts: set[tuple[float, frozenset[tuple[float, Expr]]]] = set()
+    products: set[Term] = set()
+    shifts: set[tuple[float, frozenset[Term]]] = set()
     for condition, leaf in x.cases(logit):
-        terms = _terms(leaf)
-        shift = sum(k * t.args[0] for k, t in terms if t.op == "const")
-        data = [(k, t) for k, t in terms if t.op != "const"]
+        summands = list(terms(r, leaf, jv))
+        constants = [t for t in summands if t.rest.op == "const" and not t.factors]
+        shift = sum(t.number * t.rest.args[0] for t in constants)
+        data = [t for t in summands if t not in constants]
+        if any(_masks(t, threshold) for t in data):
+            raise Refusal(
+                ReasonKind.LOGITS,
+                "masked logits are multiplied by a run-time value: what becomes of the mask depends on its sign and size",
+            )
         if shift <= threshold:
             fills.add(shift)
             additive |= bool(data)
@@ -254,9 +263,9 @@ def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, froz
                 ReasonKind.FILL,
                 f"masked logits get {shift:g}, which leaks probability: only -inf, finfo.min or <= -1e9 mask",
             )
-        keyed = [(k, t) for k, t in data if jv in t.free]
-        if any(t.op != "dot" for _, t in keyed) or len(keyed) != 1:
-            other = next((t for _, t in keyed if t.op != "dot"), None)
+        keyed = [t for t in data if jv in t.rest.free]
+        if any(t.rest.op != "dot" for t in keyed) or len(keyed) != 1:
+            other = next((t.rest for t in keyed if t.rest.op != "dot"), None)
             raise Refusal(ReasonKind.LOGITS, _logit_text(other, keyed))
         products.add(keyed[0])
         if not math.isfinite(shift):
@@ -267,11 +276,20 @@ def _masked_product(logit: Expr, jv: Expr, threshold: float) -> tuple[Expr, froz
         raise Refusal(ReasonKind.LOGITS, f"the logits hold {len(products)} different products of queries and keys")
     if len(shifts) != 1:
         raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
-    ((scale, product),) = products
-    return x.disj(*visible), frozenset(fills), additive, scale, product
+    (product,) = products
+    return x.disj(*visible), frozenset(fills), additive, product
 
 
-def _logit_text(other: Expr | None, keyed: list[tuple[float, Expr]]) -> str:
+def _masks(t: Term, threshold: float) -> bool:
+    """Whether a term that is no constant was one that masks before it was multiplied."""
+    return t.number <= threshold or any(e.op == "const" and e.args[0] <= threshold for e in (t.rest, *_factors_of(t.rest)))
+
+
+def _factors_of(e: Expr) -> tuple[Expr, ...]:
+    return e.args[1] if e.op == "opaque" and e.args[0] in ("mul", "div") else ()
+
+
+def _logit_text(other: Expr | None, keyed: list[Term]) -> str:
     if other is not None and other.op == "load":
         return f"a run-time value ({other.args[0]}) stands in the logits beside scale * <q, k>"
     if len(keyed) > 1:

@@ -132,6 +132,8 @@ class Reader:
         self.nodes = {n.name: n for n in graph_module.graph.nodes}
         self.operands: dict[Expr, tuple[tuple[Node | None, Coords], ...]] = {}
         """For each contraction: its factors as (node, coordinates)."""
+        self.products: dict[Expr, tuple[tuple[Node, Coords] | None, ...]] = {}
+        """For each product or quotient that was not opened: where its two factors were read, each as one value."""
         self.tops: dict[str, tuple[Node, int]] = {}
         """For each top-k or sort whose indices were read: its node and axis, by name."""
         self.unread: dict[str, int] = {}
@@ -336,6 +338,21 @@ class Reader:
             return FUSED[name](self, n, coords)
         source, _ = self.softmax_axis(n)
         return handmade.logit(self, source, coords) if name == "div" else self.read(source, coords, Mode.FORMULA)
+
+    def product(self, n: Node, name: str, c: Coords, factors: Sequence[tuple[Any, Expr, bool]]) -> Expr:
+        """An opaque product ("mul") or quotient ("div") of two reals, remembered with the places of its factors.
+
+        Args:
+            n: The node that computes it.
+            name: Which of both.
+            c: The coordinates in `n`.
+            factors: For each: the argument of `n`, its value, and whether it has this value everywhere.
+        """
+        e = x.opaque(name, *(value for _, value, _ in factors))
+        self.products[e] = tuple(
+            (v, self.align(v, c)) if everywhere and is_tensor(v) and is_real(v) else None for v, _, everywhere in factors
+        )
+        return e
 
     def contraction(self, variables: Sequence[Expr], factors: Sequence[tuple[Node | None, Coords, Expr]]) -> Expr:
         """``sum over variables of the product of the factors``, remembered with its operands."""

@@ -27,7 +27,8 @@ class Region:
     Attributes:
         name: The site as reports name it: ``"selected at model.py:41 (layers.3.attn)"``.
         output: The node that is replaced.
-        operands: The tensors that the op is given as q, k and v; a tensor that is several of them stands once.
+        operands: The tensors that the op is given as q, k and v, and the temperatures of q; a tensor that is several of them
+            stands once.
         leaves: Where the region begins: the operands, or the nodes that hold their memory if that is written into on the way.
         path: What is computed from the leaves in real numbers on the way to the output: where gradients flow.
         memory: Inputs of the slice that the path is written into.
@@ -109,7 +110,7 @@ class Original:
         outside = list(dict.fromkeys(a for n in emitted for a in n.all_input_nodes if a not in set(emitted)))
         arguments = tuple(self._copies[before.get(a, a)] for a in outside)
         output = self._copies[placement.output]
-        operands = tuple(dict.fromkeys(self._copies[n] for n in (placement.q, placement.k, placement.v)))
+        operands = tuple(dict.fromkeys(self._copies[n] for n in placement.operands))
         upstream = list(output.graph.nodes)[: list(output.graph.nodes).index(output) + 1]
         leaves = tuple(dict.fromkeys(_leaf(n, upstream) for n in operands))
         needed = _needed({output, *arguments}, set(leaves), upstream)

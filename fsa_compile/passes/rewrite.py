@@ -106,8 +106,9 @@ class Rewriter:
             assert isinstance(value, torch.Tensor)
             return t if value.dtype == dtype else t.to(dtype)
 
+        q = canonical(placement.q, form.q, (b, hq, n, dk))
         tensors = Tensors(
-            q=canonical(placement.q, form.q, (b, hq, n, dk)),
+            q=self._at_temperature(q, match, placement, sizes),
             k=canonical(placement.k, form.k, (b, hkv, m, dk)),
             v=canonical(placement.v, form.v, (b, hkv, m, dv)),
             scale=form.scale,
@@ -122,6 +123,25 @@ class Rewriter:
             out = out.to(value.dtype)
         shape = [sizes(s) for s in self.r.shape(self.r.nodes[form.output])]
         return _in_memory_like(value, form.output_layout.from_canonical(out, (b, hq, n, dv), shape)).node
+
+    def _at_temperature(self, q: Any, match: Match, placement: Placement, sizes: _SizeValues) -> Any:
+        """`q` ``(b, hq, n, d)`` times or divided by the factors of its logits, rounded to its dtype once each."""
+        form = match.form
+        nodes = {t.node: n for t, n in zip(form.temperatures, placement.temperatures)}
+        axes = [x.as_var(e) or x.as_var(x.var(f"unit{k}", 2)) for k, e in enumerate((form.b, form.h, form.i))]
+        evaluate = TensorEvaluator(
+            axes,  # type: ignore[arg-type]
+            [sizes(s) for s in form.sizes[:3]],
+            tensor=lambda name: self._proxy(nodes[name]),
+            shape=lambda name: self.r.shape(self.r.nodes[name]),
+            size=sizes.symbol,
+            device=dg.value(placement.q).device,  # type: ignore[union-attr]
+            create=self._create,
+        )
+        for t in form.temperatures:
+            factor = evaluate.element(t.node, t.coords).unsqueeze(-1)
+            q = (q / factor if t.inverse else q * factor).to(operand_dtype(match))
+        return q
 
     def _block_list(self, placement: Placement, sizes: _SizeValues) -> Any:
         """The ``(b, hkv or hq, n, t)`` block numbers, -1 where a slot does not count."""

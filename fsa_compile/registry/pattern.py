@@ -87,7 +87,7 @@ class Tensors:
     """What `Pattern.build` computes from: canonical views of the user's own tensors.
 
     Attributes:
-        q: ``(b, hq, n, dk)``.
+        q: ``(b, hq, n, dk)``, times the temperatures of its logits.
         k: ``(b, hkv, m, dk)``.
         v: ``(b, hkv, m, dv)``.
         scale: What multiplies ``<q, k>``.

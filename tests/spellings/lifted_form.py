@@ -52,6 +52,7 @@ def describe(r: Reader, match: Match) -> str:
         "role": str(match.candidate),
         "empty rows": str(match.empty_value),
         "logit": _logit(form),
+        **({"factors": _temperatures(form)} if form.temperatures else {}),
         "visible": _parts(form.visible),
         "key": text(form.key),
         "guard": _parts(form.guard),
@@ -70,6 +71,10 @@ def _logit(form: AttentionForm) -> str:
     fills = ", ".join(f"{f:g}" for f in sorted(form.fills))
     rows = ", rows that see nothing give zero" if form.zero_rows else ""
     return f"{form.scale:.6g} * <q, k> where visible, else {'+ ' if form.additive else ''}({fills}){rows}"
+
+
+def _temperatures(form: AttentionForm) -> str:
+    return ", ".join(f"{'1 / ' * t.inverse}{_element(t.node, _argument(t.coords))}" for t in form.temperatures)
 
 
 def _parts(e: Expr) -> str:

@@ -245,7 +245,11 @@ def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if dtype(n) == torch.bool:
         return x.conj(x.truth(a), x.truth(b))
 
+    a, b = r.coerce(n, a), r.coerce(n, b)
+
     def leaf(p: Expr, q: Expr) -> Expr:
+        if p.op != "const" and q.op != "const" and m is Mode.FORMULA:
+            return r.product(n, "mul", c, [(n.args[0], p, p is a), (n.args[1], q, q is b)])
         if q.op == "const":
             p, q = q, p
         if p.op != "const":
@@ -255,7 +259,7 @@ def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
             return x.real(p.args[0] * q.args[0])
         return x.scaled(q, p.args[0]) if p.args[0] != 0 and math.isfinite(p.args[0]) else x.opaque("mul", p, q)
 
-    return x.map_cases(r.coerce(n, a), lambda p: x.map_cases(r.coerce(n, b), lambda q: leaf(p, q)))
+    return x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
 
 
 @values("exp")
@@ -274,7 +278,13 @@ def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = (r.coerce(n, r.operand(n, v, c, m)) for v in n.args[:2])
     if b.op == "const" and b.args[0] and math.isfinite(b.args[0]):
         return x.scaled(a, 1 / b.args[0])
-    return x.opaque("div", a, b)
+
+    def leaf(p: Expr, q: Expr) -> Expr:
+        if m is not Mode.FORMULA:
+            return x.opaque("div", p, q)
+        return r.product(n, "div", c, [(n.args[0], p, p is a), (n.args[1], q, q is b)])
+
+    return x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
 
 
 @values("neg", "negative")
