@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fsa_compile.report import GraphReport, Report, Site, Verdict
+from fsa_compile.report import GraphReport, Report, Selection, Site, Verdict
 
 _STYLE = {Verdict.REWRITTEN: "bold green", Verdict.REFUSED: "bold yellow", Verdict.LEFT: "cyan"}
 
@@ -118,12 +118,23 @@ def _what(site: Site, *, full: bool) -> Iterator[Text]:
         yield Text(str(site.counterexample), style="yellow")
     if site.parameters:
         yield Text(", ".join(f"{name}={_short(value)}" for name, value in site.parameters.items()), style="dim")
+    yield from _chosen(site.selection, full=full) if site.selection is not None else ()
     if full:
         for proof in site.proofs:
             yield Text(f"proven: {proof.obligation} ({proof.method}, {proof.milliseconds:.1f} ms)", style="dim")
         for check in site.checks:
             found = "" if check.error is None else f"largest error {check.error:.1e}, "
             yield Text(f"{check.kind}: {found}{check.text}", style="dim")
+
+
+def _chosen(selection: Selection, *, full: bool) -> Iterator[Text]:
+    if selection.fused:
+        what = ", ".join(f"{name}={_short(value)}" for name, value in selection.parameters.items())
+        yield Text(f"blocks chosen by fsa::select_blocks: {what}", style="dim")
+    elif full and selection.reason is not None:
+        yield Text(f"blocks chosen by the model's own scores: {selection.reason.text}", style="dim")
+    for proof in selection.proofs if full else ():
+        yield Text(f"proven: {proof.obligation} ({proof.method}, {proof.milliseconds:.1f} ms)", style="dim")
 
 
 def _collapse(sites: Iterable[Site]) -> Iterator[tuple[Site, list[str]]]:

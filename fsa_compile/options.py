@@ -16,6 +16,7 @@ from typing import Any, get_args, Literal
 Inner = Literal["inductor", "aot_eager", "eager"]
 Detail = Literal["off", "summary", "full"]
 Profit = Literal["auto", "always"]
+Selections = Literal["fused", "keep"]
 
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 
@@ -32,6 +33,8 @@ class Options:
         disable: Names of patterns that must not fire.
         only: If not empty, the names of the only patterns that may fire.
         profit: ``"auto"`` refuses a rewrite that is expected to be slower than the user's code, ``"always"`` does not ask.
+        selection: ``"fused"`` replaces the scores and the top-k that choose blocks, where they are proven to rank as
+            `fsa::select_blocks` does; ``"keep"`` leaves them to the model.
         proof_seconds: Seconds for all proofs of one graph; a site for which none are left is refused as undecided.
         differential: Compare each rewritten region with its op on made-up data, in float64, while compiling. The environment
             variable ``FSA_DIFFERENTIAL`` sets the default.
@@ -49,6 +52,7 @@ class Options:
     disable: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     profit: Profit = "auto"
+    selection: Selections = "fused"
     proof_seconds: float = 2.0
     differential: bool = False
     verify: bool = False
@@ -133,6 +137,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "disable": _names,
     "only": _names,
     "profit": lambda what, value: _choice(what, value, Profit),
+    "selection": lambda what, value: _choice(what, value, Selections),
     "proof_seconds": _seconds,
     "differential": _flag,
     "verify": _flag,

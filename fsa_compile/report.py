@@ -72,6 +72,8 @@ class ReasonKind(str, enum.Enum):
     """A top-k over single tokens (DeepSeek sparse attention): no block structure."""
     UNROLLED_LOOP = "unrolled_loop"
     """A Python loop over queries or heads, unrolled by Dynamo: vectorise it."""
+    SCORES = "scores"
+    """Of a selection: blocks are not ranked by a rule of the op, so the model's own scores and top-k stay."""
     DIFFERENTIAL = "differential"
     """Proven, and yet not what the model computes on made-up data (`options={"differential": True}`): a fault of fsa_compile."""
     INTERNAL = "internal"
@@ -156,6 +158,29 @@ class DataCheck:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What becomes of the scores and the top-k that choose the blocks of a selected site.
+
+    Args:
+        fused: Whether `fsa::select_blocks` took their place; otherwise the model's own list is used.
+        reason: Why not.
+        parameters: ``kernel_size``, ``block_size``, ``top_k``, ``n_init``, ``n_local`` of the op.
+        proofs: The discharged obligations.
+        checks: Comparisons on data, where they were asked for.
+    """
+
+    fused: bool
+    reason: Reason | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    proofs: tuple[Proof, ...] = ()
+    checks: tuple[DataCheck, ...] = ()
+
+    def keep(self, reason: Reason) -> Selection:
+        """The same, with the model's own list for `reason`."""
+        return replace(self, fused=False, reason=reason)
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention site: a softmax between two contractions.
 
@@ -169,6 +194,7 @@ class Site:
         parameters: What was found: window, block size, stride, scale, sizes, ...
         proofs: The discharged obligations.
         checks: Comparisons on data, where they were asked for.
+        selection: Of a selected site that is rewritten: what chooses the blocks.
         node: Name of the site's last node in the Dynamo graph.
         module: Path of the ``nn.Module`` it stands in, for example ``"layers.3.attn"``.
     """
@@ -181,6 +207,7 @@ class Site:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     proofs: tuple[Proof, ...] = ()
     checks: tuple[DataCheck, ...] = ()
+    selection: Selection | None = None
     node: str = ""
     module: str = ""
 

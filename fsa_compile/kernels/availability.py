@@ -35,3 +35,38 @@ def why_no_kernel(
         return banded_attention.supports(q, k, v)
     indices = torch.zeros(1, hkv, 1, 1, device=device, dtype=torch.int64)
     return selected_attention.supports(q, k, v, indices, block_size)
+
+
+def why_no_selection_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    stride: int,
+    kernel_size: int,
+    block_size: int,
+    n_keys: int,
+    top_k: int,
+    n_init: int,
+    n_local: int,
+) -> str | None:
+    """One sentence on why no kernel selects blocks by compressed probability, or None if one does.
+
+    Args:
+        device: Where the op would run.
+        dtype: Of q and k_cmp.
+        heads: ``(hq, hkv)``.
+        head_dim: dk.
+        stride, kernel_size, block_size, n_keys, top_k, n_init, n_local: As in `reference.select_blocks`.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from .triton import block_selection
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        return "triton is not installed"
+    q, k = (torch.empty(1, h, 1, head_dim, device=device, dtype=dtype) for h in heads)
+    rule = 1.0, stride, kernel_size - 1, 0, kernel_size, block_size, n_keys, top_k, n_init, n_local, 0, None
+    return block_selection.select_blocks_supports(q, k, q.new_empty(1, heads[0], 1), *rule)

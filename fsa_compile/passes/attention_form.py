@@ -70,6 +70,7 @@ class AttentionForm:
         keys: The length of K and V.
         kv_heads: The number of heads of K and V.
         q, k, v: The operands.
+        probability: The element of the softmax's result that belongs to (b, h, i, j).
         zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num or a second mask behind the softmax).
     """
 
@@ -94,6 +95,7 @@ class AttentionForm:
     q: Operand
     k: Operand
     v: Operand
+    probability: tuple[Expr, ...]
     zero_rows: bool
 
     @property

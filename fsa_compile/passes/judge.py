@@ -10,14 +10,15 @@ from torch.fx import Graph, Node
 
 from ..options import Options
 from ..registry.registry import patterns as registered
-from ..report import Proof, Reason, ReasonKind, Site, Verdict
+from ..report import Proof, Reason, ReasonKind, Selection, Site, Verdict
 from . import dynamo_graph as dg
 from .buffers import Buffer, Buffers
 from .classify import Match, classify
 from .legality import Placement, Surroundings, needs_grad, place
 from .parts import Repeated
-from .profit import weigh
+from .profit import weigh, weigh_selection
 from .prove import Prover
+from .ranking import Ranking, ranking
 from .reader import Reader, Unreadable
 from .refusal import Refusal
 from .shadow import Shadow, dynamo_node
@@ -25,6 +26,19 @@ from .sites import SiteNodes, find_sites, unmatched_weights
 
 UNROLLED = 8
 """From so many sites on one line of one module on, a loop is unrolled."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """`fsa::select_blocks` in the place of the scores and the top-k of a selected site.
+
+    Attributes:
+        ranking: With which parameters.
+        compressed: Where the branch stands whose probabilities it sums.
+    """
+
+    ranking: Ranking
+    compressed: Placement
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class Judged:
         node: The Dynamo node that the report names.
         match, placement: What takes its place, and where; None if it is not to be rewritten.
         relies_on: The buffers on whose value the verdict may rest.
+        fusion: Of a selected site: the op that makes its list.
     """
 
     site: Site
@@ -43,6 +58,7 @@ class Judged:
     match: Match | None = None
     placement: Placement | None = None
     relies_on: tuple[Buffer, ...] = ()
+    fusion: Fusion | None = None
 
     def refuse(self, reason: Reason) -> Judged:
         """Not to be rewritten after all."""
@@ -75,7 +91,7 @@ class Judge:
         blank = [(self._blank(nodes), nodes) for nodes in sites]
         copied = [(j, copy) for j, _ in blank for copy in _copies(j, groups)]
         turns = Counter(_line(j.site) for j, _ in blank) + Counter(_line(_renamed(j.site, copy[j.node])) for j, copy in copied)
-        judged = list(self._judge_turns(blank, turns))
+        judged = self._with_selections(list(self._judge_turns(blank, turns)))
         for nodes in unmatched_weights(self.r, sites):
             text = "an exponential is contracted like a softmax, but is not divided by its own sum in a form that is known"
             judged.append(self._blank(nodes).refuse(Reason(ReasonKind.NOT_ATTENTION, text)))
@@ -129,6 +145,33 @@ class Judge:
                 raise
             return replace(blank, site=site.refuse(internal(fault)))
 
+    def _with_selections(self, judged: list[Judged]) -> list[Judged]:
+        """The selected sites with what chooses their blocks."""
+        if self.options.selection == "keep":
+            return judged
+        compressed = {j.match.form.softmax: j for j in judged if j.match is not None}
+        return [self._with_selection(j, compressed) if j.match and j.match.candidate.blocks else j for j in judged]
+
+    def _with_selection(self, j: Judged, others: Mapping[str, Judged]) -> Judged:
+        assert j.match is not None and j.placement is not None
+        try:
+            found = ranking(self.r, j.match, {name: o.match for name, o in others.items() if o.match is not None}, self.prover)
+            branch = others[found.compressed]
+            assert branch.match is not None and branch.placement is not None
+            weigh_selection(self.r, found, branch.match, branch.placement, always=self.options.profit == "always")
+            selection = Selection(True, parameters=found.parameters(), proofs=found.proofs)
+            relied = tuple(self.r.relied.values())
+            return replace(
+                j, site=replace(j.site, selection=selection), fusion=Fusion(found, branch.placement), relies_on=relied
+            )
+        except Refusal as refusal:
+            reason = refusal.reason
+        except Exception as fault:
+            if self.options.strict:
+                raise
+            reason = internal(fault)
+        return replace(j, site=replace(j.site, selection=Selection(False, reason)))
+
     def _copy(self, j: Judged, copy: Mapping[Node, Node]) -> Judged:
         """The verdict on a site of a repetition, whose surroundings may differ."""
         assert j.node is not None
@@ -143,7 +186,14 @@ class Judge:
         except Refusal as refusal:
             return Judged(_refused(site, refusal), node)
         held = (self.buffers.of(there) for here, there in copy.items() if self.buffers.of(here) in j.relies_on)
-        return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None))
+        fusion = j.fusion
+        if fusion is not None:
+            try:
+                fusion = replace(fusion, compressed=fusion.compressed.in_copy(copy))
+            except KeyError:
+                reason = Reason(ReasonKind.SCORES, "the compressed branch stands in another part of the model")
+                fusion, site = None, replace(site, selection=Selection(False, reason))
+        return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None), fusion)
 
 
 def internal(fault: Exception) -> Reason:

@@ -7,7 +7,7 @@ same values and gives the same gradients: operands exist and are not written in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -71,6 +71,10 @@ class Placement:
     def operands(self) -> tuple[Node, ...]:
         """The tensors that gradients flow to."""
         return self.q, self.k, self.v, *self.temperatures
+
+    def reading(self, other: Placement) -> Placement:
+        """The same place, with the operands of another among its own."""
+        return replace(self, temperatures=(*self.temperatures, *other.operands))
 
     def in_copy(self, counterpart: Mapping[Node, Node]) -> Placement:
         """The same place in a repetition of the part of the graph (`parts.Repeated.copies`)."""

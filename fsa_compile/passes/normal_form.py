@@ -38,6 +38,7 @@ class NormalForm:
         j: The key index; d: the head dimension that queries and keys contract; width: how many key indices there are.
         visible, fills, additive, scale, zero_rows: As in `AttentionForm`.
         factors: What becomes the form's temperatures.
+        probability: The element of the softmax's result.
         q, k, v: The operands at the contractions: (node, coordinates).
     """
 
@@ -51,6 +52,7 @@ class NormalForm:
     additive: bool
     scale: float
     factors: tuple[Factor, ...]
+    probability: Coords
     q: tuple[Node, Coords]
     k: tuple[Node, Coords]
     v: tuple[Node, Coords]
@@ -129,6 +131,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     return NormalForm(
         coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
         additive=additive, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
+        probability=coords,
         zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
     )  # fmt: skip
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..options import Options
-from ..report import GraphReport, Site
+from ..report import GraphReport, Site, Verdict
 from . import dynamo_graph as dg
 from .buffers import Buffers
 from .differential import known_values, Mismatch, SecondLine
-from .judge import Judge, Judged, internal
+from .judge import Fusion, internal, Judge, Judged
 from .parts import attention_parts, repeated, to_trace
 from .reader import Reader
 from .refusal import Refusal
@@ -156,10 +156,39 @@ def _rewrite(
                 else:
                     site = site.refuse(internal(fault.cause))
         sites.append(site)
+    for k, j in enumerate(judged):
+        if j.fusion is not None and sites[k].verdict is Verdict.REWRITTEN:
+            sites[k] = _fuse(rewriter, j, j.fusion, sites[k], options, original, known)
     if rewriter.replaced:
         gm.graph.lint()
         gm.recompile()
     return sites
+
+
+def _fuse(
+    rewriter: Rewriter,
+    j: Judged,
+    fusion: Fusion,
+    site: Site,
+    options: Options,
+    original: Original | None,
+    known: Mapping[Node, Tensor],
+) -> Site:
+    """The site with its selection, fused if that can be written down."""
+    assert j.match is not None and j.placement is not None and site.selection is not None
+    selection, second = site.selection, None
+    if original is not None:
+        where = j.placement.reading(fusion.compressed)
+        second = SecondLine(original, site, j.match, where, options, rewriter.replaced, known, verified=False)
+    try:
+        rewriter.fuse_selection(j.match, j.placement, fusion, second)
+        selection = replace(selection, checks=tuple(second.checks) if second else ())
+    except Emission as fault:  # undone by the rewriter
+        refused = isinstance(fault.cause, Refusal) and not (options.strict and isinstance(fault.cause, Mismatch))
+        if options.strict and not refused:
+            raise fault.cause from None
+        selection = selection.keep(fault.cause.reason if isinstance(fault.cause, Refusal) else internal(fault.cause))
+    return replace(site, selection=selection)
 
 
 def _place(shadow: Shadow, name: str) -> tuple[str, str | None]:

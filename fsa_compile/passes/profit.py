@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.availability import why_no_selection_kernel
 from ..report import ReasonKind
 from . import dynamo_graph as dg
 from .classify import Match
 from .form_view import FormView
 from .legality import Placement
+from .ranking import Ranking
 from .reader import Reader
 from .refusal import Refusal
 
@@ -41,3 +43,20 @@ def weigh(r: Reader, match: Match, placement: Placement, always: bool) -> None:
         reason = match.pattern.pays(view, match.candidate, q.device, dtype)
     if reason is not None:
         raise Refusal(reason.kind, reason.text, source=reason.source)
+
+
+def weigh_selection(r: Reader, found: Ranking, compressed: Match, placement: Placement, always: bool) -> None:
+    """Raises if `fsa::select_blocks` cannot run, or (unless `always`) if it would be slower than scores and top-k of the model.
+
+    Raises:
+        Refusal: Of kind UNPROFITABLE.
+    """
+    form, p = compressed.form, compressed.candidate.parameters
+    q = dg.value(placement.q)
+    assert isinstance(q, torch.Tensor)
+    heads = form.groups * form.kv_heads, form.kv_heads
+    head_dim, n_keys = r.sizes.hint(form.sizes[3]), r.sizes.hint(form.sizes[2])
+    rule = p["stride"], found.kernel_size, found.block_size, n_keys, found.top_k, found.n_init, found.n_local
+    why = why_no_selection_kernel(q.device, operand_dtype(compressed), heads, head_dim, *rule)
+    if why is not None and not always:
+        raise Refusal(ReasonKind.UNPROFITABLE, f"no kernel selects such blocks: {why}")

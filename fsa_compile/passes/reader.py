@@ -43,6 +43,8 @@ class Mode(enum.Enum):
     """Q, K and V: only index ops and constant factors are opened, everything else is the operand."""
     VALUE = "value"
     """Inside a comparison, where no gradient flows: as FORMULA, and `detach` is transparent too."""
+    SCORE = "score"
+    """What a top-k ranks: as VALUE, but arithmetic on data and sums of it are kept, as far as they are sums of probabilities."""
 
 
 class Move(NamedTuple):
@@ -196,6 +198,9 @@ class Reader:
             if step.guard is x.FALSE:
                 return literal(step.fill, dtype(n))
             inner = self.read(step.source, step.coords, mode)
+            if mode is Mode.SCORE and step.fill == 0 and step.guard is not x.TRUE and inner.op != "if_real":
+                # A padded summand counts or not: no case of the whole sum, of which there would be two to the number of summands.
+                return x.dot((), (x.select(step.guard, x.real(1), x.real(0)), inner))
             return inner if step.guard is x.TRUE else x.select(step.guard, inner, literal(step.fill, dtype(n)))
         if name in VALUES and (mode is not Mode.OPERAND or self.transparent_operand(n)):
             try:
@@ -225,6 +230,8 @@ class Reader:
         def leaf(t: Expr) -> Expr:
             if t.op == "const":
                 return x.real(rounded(t.args[0], dtype(n)))
+            if mode is Mode.SCORE:
+                return t
             if t.op in ("scaled", "add", "opaque") and not x.is_infinite(t) and t.args[0] not in NAMED:
                 counts = any(y.op == "float" for y in x.walk(t))  # arithmetic on positions that is not exact
                 return self.leaf(n, coords) if counts or mode is Mode.VALUE else t
@@ -236,7 +243,7 @@ class Reader:
         """The applicable move at `n`, if its op is one and keeps the kind of its elements."""
         name = op_name(n)
         rule = MOVES.get(name)
-        if rule is None or name == "detach" and is_real(n) and mode is not Mode.VALUE:
+        if rule is None or name == "detach" and is_real(n) and mode not in (Mode.VALUE, Mode.SCORE):
             return None
         step = rule(self, n, coords)
         if step is None or dtype(n) == dtype(step.source):

@@ -7,8 +7,9 @@ is replaced, and what only it needed is removed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import sympy
 import torch
@@ -25,9 +26,13 @@ from .expr import Expr
 from .legality import ListTensor, Placement
 from .profit import operand_dtype
 from .reader import Reader
+from .ranking import Ranking
 from .refusal import Refusal
 
 _RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
+if TYPE_CHECKING:
+    from .judge import Fusion
+
 
 
 Inspect = Callable[[Sequence[Node], Node], None]
@@ -54,6 +59,7 @@ class Rewriter:
         self.tracer = GraphAppendingTracer(graph)
         self.replaced: dict[Node, Node] = {}
 
+        self._written: dict[Node, list[Node]] = {}
     def rewrite(self, match: Match, placement: Placement, inspect: Inspect | None = None) -> None:
         """Replaces one site.
 
@@ -70,24 +76,71 @@ class Rewriter:
             with self.graph.inserting_before(placement.output):
                 new = self._emit(match, placement)
             if inspect is not None:
-                nodes = list(self.graph.nodes)
-                inspect(nodes[nodes.index(last) + 1 : nodes.index(placement.output)], new)
+            written = _nodes_between(last, placement.output)
+                inspect(written, new)
         except Exception as cause:
             while placement.output.prev is not last:
                 self.graph.erase_node(placement.output.prev)
             raise Emission(cause) from cause
-        node = placement.output.prev
-        while node is not last:
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-                if key in placement.output.meta and key not in node.meta:
-                    node.meta[key] = placement.output.meta[key]
-            node = node.prev
+        _blame(written, placement.output)
         new.meta["example_value"] = placement.output.meta.get("example_value")
         placement.output.replace_all_uses_with(new)
+        self._written[placement.output] = written
         self.replaced[placement.output] = new
         self._remove_dead(placement.output)
 
     # -- emission
+    def fuse_selection(self, match: Match, placement: Placement, fusion: Fusion, inspect: Inspect | None = None) -> None:
+        """Replaces the list of a rewritten selected site by `fsa::select_blocks`, and with it what only the list needed.
+
+        Args:
+            match, placement: The selected site.
+            fusion: The op that makes the list, behind the op of the compressed branch.
+            inspect: Called with the nodes that compute the output and the output, when the new list is in its place.
+
+        Raises:
+            Emission: If the new nodes could not be made, or `inspect` raised; the list is the model's again.
+        """
+        last = end = None
+        try:
+            source = self._op_of(fusion.compressed.output, torch.ops.fsa.compressed_attention)
+            target = self._op_of(placement.output, torch.ops.fsa.selected_attention)
+            order = {n: p for p, n in enumerate(self.graph.nodes)}
+            if order[source] > order[target]:
+                raise Refusal(ReasonKind.SCORES, "the compressed branch is computed after the selected one")
+            old, last, end = target.args[3], source, source.next
+            with self.graph.inserting_before(end):
+                new = self._selection(match, fusion.ranking, source)
+            written = _nodes_between(last, end)
+            target.update_arg(3, new)
+            if inspect is not None:
+                both = {*self._written[fusion.compressed.output], *written, *self._written[placement.output]}
+                inspect([n for n in self.graph.nodes if n in both], self.replaced[placement.output])
+        except Exception as cause:
+            if last is not None and end is not None:
+                target.update_arg(3, old)
+                while end.prev is not last:
+                    self.graph.erase_node(end.prev)
+            raise Emission(cause) from cause
+        _blame(written, source)
+        assert isinstance(old, Node)
+        self._remove_dead(old)
+
+    def _op_of(self, output: Node, op: Any) -> Node:
+        """The op that the site with that output was rewritten to."""
+        found = [n for n in self._written.get(output, ()) if n.target is op]
+        if len(found) != 1:
+            raise Refusal(ReasonKind.SCORES, f"the other branch is no {op}")
+        return found[0]
+
+    def _selection(self, match: Match, found: Ranking, compressed: Node) -> Node:
+        q, k, _, scale, stride, last, prefix, offset = compressed.args
+        lse = self._create(operator.getitem, Proxy(compressed, self.tracer), 1)
+        n_keys = _SizeValues(self.r, compressed, self._proxy)(match.form.keys)
+        sizes = found.kernel_size, found.block_size, n_keys, found.top_k, found.n_init, found.n_local
+        operands = (Proxy(n, self.tracer) for n in (q, k))  # type: ignore[arg-type]
+        return self._create(torch.ops.fsa.select_blocks, *operands, lse, scale, stride, last, prefix, *sizes, offset).node
+
     def _proxy(self, n: Node) -> Proxy:
         while n in self.replaced:
             n = self.replaced[n]
@@ -202,6 +255,23 @@ class Rewriter:
 
 
 def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:
+def _nodes_between(first: Node, end: Node) -> list[Node]:
+    nodes = []
+    node = first.next
+    while node is not end:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _blame(nodes: Sequence[Node], origin: Node) -> None:
+    """New nodes stand for the user's line that `origin` stands for."""
+    for node in nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in origin.meta and key not in node.meta:
+                node.meta[key] = origin.meta[key]
+
+
     """Give rows that see no key the value and the gradient that the user's code gives them."""
     if match.empty_value in (None, "zero"):
         return out

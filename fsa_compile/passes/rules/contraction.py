@@ -18,14 +18,15 @@ from ..refusal import Refusal
 PRODUCTS = ("mul", "multiply")
 
 
-def operand(r: Reader, n: Node, c: Coords) -> tuple[Node, Coords, Expr]:
-    return n, c, r.read(n, c, Mode.OPERAND)
+def operand(r: Reader, n: Node, c: Coords, m: Mode = Mode.FORMULA) -> tuple[Node, Coords, Expr]:
+    """A factor of a contraction that is read in mode `m`."""
+    return n, c, r.read(n, c, m if m is Mode.SCORE else Mode.OPERAND)
 
 
 @values("matmul", "bmm", "mm")
 def _matmul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = n.args[:2]
-    return _product(r, n, a, b, c) if rank(a) >= 2 and rank(b) >= 2 and is_real(n) else None
+    return _product(r, n, a, b, c, m) if rank(a) >= 2 and rank(b) >= 2 and is_real(n) else None
 
 
 @values("baddbmm")
@@ -39,11 +40,11 @@ def _baddbmm(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return product if beta == 0 else x.add_reals(product, x.scaled(r.operand(n, t, c, m), beta))
 
 
-def _product(r: Reader, n: Node, a: Node, b: Node, c: Coords) -> Expr:
+def _product(r: Reader, n: Node, a: Node, b: Node, c: Coords, m: Mode = Mode.FORMULA) -> Expr:
     """Element `c` of ``a @ b``."""
     k = x.var(f"{n.name}.k", r.shape(a)[-1])
     left, right = r.align(a, (*c[:-1], k)), r.align(b, (*c[:-2], k, c[-1]))
-    return r.contraction([k], [operand(r, a, left), operand(r, b, right)])
+    return r.contraction([k], [operand(r, a, left, m), operand(r, b, right, m)])
 
 
 @values("linalg_vecdot")
@@ -57,8 +58,8 @@ def _vecdot(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return r.contraction([k], [operand(r, t, r.align(t, inside)) for t in (a, b)])
 
 
-def sum_of_products(r: Reader, n: Node, c: Coords) -> Expr | None:
-    """``(a * b).sum(dims)`` as the contraction that it is; None if no product of two tensors is summed."""
+def sum_of_products(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """``(a * b).sum(dims)`` as the contraction that it is; None if no product of two tensors is summed. Scores are summed anyhow."""
     source, dims, keepdim = n.args[0], argument(n, 1, "dim"), bool(argument(n, 2, "keepdim", False))
     if not dims or dtype(n) != dtype(source):
         return None
@@ -70,6 +71,8 @@ def sum_of_products(r: Reader, n: Node, c: Coords) -> Expr | None:
         if d not in bound or keepdim:
             kept = next(rest)
         at.append(bound[d] if d in bound else kept)
+    if m is Mode.SCORE:
+        return r.contraction(list(bound.values()), [operand(r, source, tuple(at), m)])
     found = _two_factors(r, source, tuple(at))
     if found is None:
         return None
@@ -116,7 +119,7 @@ def _einsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     factors = []
     for subscripts, t in zip(inputs, tensors):
         coords = tuple(x.ZERO if s is x.ONE else env[ch] for ch, s in zip(subscripts, r.shape(t)))
-        factors.append(operand(r, t, coords))
+        factors.append(operand(r, t, coords, m))
     return r.contraction(bound, factors)
 
 

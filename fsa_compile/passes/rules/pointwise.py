@@ -356,4 +356,8 @@ def _log(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("nan_to_num")
 def _nan_to_num(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a = r.read(n.args[0], c, m)
-    return x.opaque("nan_to_0", a) if argument(n, 1, "nan") in (None, 0, 0.0) and a.op == "softmax" else None
+    if argument(n, 1, "nan") not in (None, 0, 0.0):
+        return None
+    if m is Mode.SCORE and not any(x.is_infinite(t) for _, t in x.cases(a)):
+        return x.map_cases(a, lambda t: t if t.op == "const" else x.opaque("nan_to_0", t))
+    return x.opaque("nan_to_0", a) if a.op == "softmax" else None

@@ -53,7 +53,7 @@ def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     """A count of truths: zero iff none holds, at least one otherwise, how many is not needed. Of products: a contraction."""
     if is_real(n):
-        return sum_of_products(r, n, c) if m is Mode.FORMULA and op_name(n) == "sum" else None
+        return sum_of_products(r, n, c, m) if m in (Mode.FORMULA, Mode.SCORE) and op_name(n) == "sum" else None
     d = reduced_axis(n)
     if d is None or dtype(n) not in (torch.int32, torch.int64):  # a count in 8 bits wraps
         return None
@@ -89,11 +89,12 @@ def _amax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 def _mean(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     """Conditions that are free of the averaged axis pass through; a constant is its own mean, up to rounding."""
     d = reduced_axis(n)
-    if d is None:
+    if d is None or not is_real(n):
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "mean")
-    if not is_real(n):
-        return None
+    length = x.constant(r.shape(n.args[0])[d])
+    if m is Mode.SCORE and length:
+        return x.scaled(r.contraction([v], [(n.args[0], q, r.read(n.args[0], q, m))]), 1 / length)
     huge = torch.finfo(dtype(n)).max / r.shape(n.args[0])[d].hi
     return _through(r.read(n.args[0], q, m), x.as_var(v), lambda: r.leaf(n, c), huge)
 
