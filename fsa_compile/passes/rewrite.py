@@ -25,14 +25,14 @@ from .evaluate import TensorEvaluator
 from .expr import Expr
 from .legality import ListTensor, Placement
 from .profit import operand_dtype
-from .reader import Reader
 from .ranking import Ranking
+from .reader import Reader
 from .refusal import Refusal
 
-_RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
 if TYPE_CHECKING:
     from .judge import Fusion
 
+_RANDOM = ("dropout", "rand", "randn", "bernoulli", "multinomial", "normal", "uniform", "rrelu", "gumbel")
 
 
 Inspect = Callable[[Sequence[Node], Node], None]
@@ -58,8 +58,8 @@ class Rewriter:
         self.r, self.graph = r, graph
         self.tracer = GraphAppendingTracer(graph)
         self.replaced: dict[Node, Node] = {}
-
         self._written: dict[Node, list[Node]] = {}
+
     def rewrite(self, match: Match, placement: Placement, inspect: Inspect | None = None) -> None:
         """Replaces one site.
 
@@ -75,8 +75,8 @@ class Rewriter:
         try:
             with self.graph.inserting_before(placement.output):
                 new = self._emit(match, placement)
-            if inspect is not None:
             written = _nodes_between(last, placement.output)
+            if inspect is not None:
                 inspect(written, new)
         except Exception as cause:
             while placement.output.prev is not last:
@@ -84,12 +84,11 @@ class Rewriter:
             raise Emission(cause) from cause
         _blame(written, placement.output)
         new.meta["example_value"] = placement.output.meta.get("example_value")
-        placement.output.replace_all_uses_with(new)
         self._written[placement.output] = written
+        placement.output.replace_all_uses_with(new)
         self.replaced[placement.output] = new
         self._remove_dead(placement.output)
 
-    # -- emission
     def fuse_selection(self, match: Match, placement: Placement, fusion: Fusion, inspect: Inspect | None = None) -> None:
         """Replaces the list of a rewritten selected site by `fsa::select_blocks`, and with it what only the list needed.
 
@@ -141,6 +140,7 @@ class Rewriter:
         operands = (Proxy(n, self.tracer) for n in (q, k))  # type: ignore[arg-type]
         return self._create(torch.ops.fsa.select_blocks, *operands, lse, scale, stride, last, prefix, *sizes, offset).node
 
+    # -- emission
     def _proxy(self, n: Node) -> Proxy:
         while n in self.replaced:
             n = self.replaced[n]
@@ -254,7 +254,6 @@ class Rewriter:
         return called or n.is_impure() or dg.writes(n) or dg.switches_mode(n) or name.startswith(_RANDOM)
 
 
-def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:
 def _nodes_between(first: Node, end: Node) -> list[Node]:
     nodes = []
     node = first.next
@@ -272,6 +271,7 @@ def _blame(nodes: Sequence[Node], origin: Node) -> None:
                 node.meta[key] = origin.meta[key]
 
 
+def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:
     """Give rows that see no key the value and the gradient that the user's code gives them."""
     if match.empty_value in (None, "zero"):
         return out
