@@ -88,7 +88,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
             ReasonKind.NOT_ATTENTION,
             f"the output is not one contraction of probabilities and values but {x.show(e)[:80]}",
         )
-    kept, factors = _masked_after(e.args[1], softmax)
+    kept, multiplied, factors = _masked_after(e.args[1])
     stripped = [_strip(f) for f in factors]
     position = next((k for k, (_, _, p) in enumerate(stripped) if p.op == "softmax" and p.args[0] == softmax.name), None)
     if position is None or len(stripped) != 2:
@@ -124,6 +124,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     (kn, kc), (qn, qc) = operands[keyed[0]], operands[1 - keyed[0]]
     assert kn is not None and qn is not None
     _no_narrower_cast(contraction, (qn, kn, value_node))
+    numbers = zeroed or op_name(softmax) in SAFE or -math.inf not in fills  # no row of NaN
     rows = visible.free.union(*(c.free for c in (*coords, *qc, *(c for f in factors for c in f.coords))))
     spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
     if len(spare) != 1:
@@ -132,7 +133,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
         coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
         additive=additive, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
         probability=coords,
-        zero_rows=kept is not x.TRUE or fills == {-math.inf} and (zeroed or op_name(softmax) in SAFE),
+        zero_rows=kept is not x.TRUE and (numbers or not multiplied) or fills == {-math.inf} and numbers,
     )  # fmt: skip
 
 
@@ -183,18 +184,20 @@ def _some_visible(kept: Expr, visible: Expr, jv: Expr) -> bool:
     return here is kept.args[1] or solve([], x.iff(here, kept.args[1]), 200) is None
 
 
-def _masked_after(factors: tuple[Expr, ...], softmax: Node) -> tuple[Expr, list[Expr]]:
-    """Probabilities set to zero behind the softmax: when they are kept, and the factors without that."""
-    kept, out = x.TRUE, []
+def _masked_after(factors: tuple[Expr, ...]) -> tuple[Expr, bool, list[Expr]]:
+    """Probabilities set to zero behind the softmax: when they are kept, whether they are set to zero by a product, which does not
+    remove a NaN, and the factors without that."""
+    kept, multiplied, out = x.TRUE, False, []
     for f in factors:
         leaves = list(x.cases(f))
-        alive = [(g, t) for g, t in leaves if t is not x.real(0)]
+        alive = [(g, t) for g, t in leaves if t is not x.real(0) and x.zero_times(t) is None]
         values = {t for _, t in alive}
-        if len(leaves) > 1 and len(values) == 1 and _strip(next(iter(values)))[2].op == "softmax":
-            kept = x.disj(*(g for g, _ in alive))
+        zeros = {z for _, t in leaves if (z := x.zero_times(t)) is not None}
+        if len(leaves) > 1 and len(values) == 1 and zeros <= values and _strip(next(iter(values)))[2].op == "softmax":
+            kept, multiplied = x.disj(*(g for g, _ in alive)), bool(zeros)
             f = values.pop()
         out.append(f)
-    return kept, out
+    return kept, multiplied, out
 
 
 def _key_variable(

@@ -144,6 +144,7 @@ class Reader:
         """For each integer or truth that depends on data: the nodes that were read as it, outermost first."""
         self._memo: dict[tuple, Expr] = {}
         self._shapes: dict[Node, tuple[Expr, ...]] = {}
+        self._probabilities: dict[Node, bool] = {}
         self._handmade: dict[Node, handmade.Normalised | None] = {}
 
     # -- sizes
@@ -297,22 +298,24 @@ class Reader:
         name = op_name(n)
         if name == "exp":
             return self.handmade_softmax(n) is not None
-        if name in ("mul", "div"):
+        if name == "div":
             return self.handmade_softmax(n) is not None or constant_factor(n) is not None
-        if name in ("masked_fill", "where"):
-            sources = n.args[:1] if name == "masked_fill" else n.args[1:]
-            return any(is_tensor(a) and self.is_probability(a) for a in sources)
+        if name == "mul" and constant_factor(n) is not None:
+            return True
+        if name in ("masked_fill", "where", "mul"):
+            return self.is_probability(n)
         return name in (*SOFTMAXES, *CREATIONS, "nan_to_num", "getitem")
 
     def is_probability(self, n: Node) -> bool:
-        """Whether a node holds the result of a softmax, moved or masked."""
-        name = op_name(n)
-        if name in SOFTMAXES or name in HANDMADE and self.handmade_softmax(n) is not None:
-            return True
-        if name == "where":
-            return any(is_tensor(a) and self.is_probability(a) for a in n.args[1:])
-        through = name in MOVES or name in ("nan_to_num", "masked_fill")
-        return through and is_tensor(n.args[0]) and self.is_probability(n.args[0])
+        """Whether a node holds the result of a softmax, moved, masked or multiplied."""
+        if n not in self._probabilities:
+            name = op_name(n)
+            if name in SOFTMAXES or name in HANDMADE and self.handmade_softmax(n) is not None:
+                return True
+            through = name in MOVES or name in ("nan_to_num", "masked_fill")
+            sources = n.args[1:] if name == "where" else n.args[:2] if name == "mul" else n.args[:1] if through else ()
+            self._probabilities[n] = any(is_tensor(a) and self.is_probability(a) for a in sources)
+        return self._probabilities[n]
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:

@@ -48,7 +48,6 @@ class Refusal:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal({"*.empty_rows": ("multiply", "rows")}, "compressed", "not_attention: the output is not the product"),
     Refusal({"selected.membership": "isin"}, "selected", "runtime_mask: the mask holds run-time values"),
     Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
     Refusal(

@@ -67,6 +67,28 @@ def masked_again(fill: float, add: bool = False) -> Attend:
     return attend
 
 
+def multiplied(fill: float, *, rows: bool = False, add: bool = False, repair: str = "") -> Attend:
+    """Probabilities times the mask, or times whether the row sees anything; `nan_to_num` before or after."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k)
+        s = s + torch.zeros(mask.shape).masked_fill(~mask, fill) if add else s.masked_fill(~mask, fill)
+        p = s.softmax(-1)
+        p = p.nan_to_num(0.0) if repair == "before" else p
+        p = p * (mask.any(-1, keepdim=True) if rows else mask.to(p.dtype))
+        return (p.nan_to_num(0.0) if repair == "after" else p) @ v
+
+    return attend
+
+
+def output_times_rows(fill: float) -> Attend:
+    return lambda q, k, v, mask: filled(fill)(q, k, v, mask) * mask.any(-1, keepdim=True)
+
+
+def multiplied_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return handmade_weights(q, k, mask, -1e9) * mask @ v
+
+
 def rows_repaired(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`where(any key, output, 0)` behind the attention."""
     return torch.where(mask.any(-1, keepdim=True), filled(-1e9)(q, k, v, mask), 0.0)
@@ -80,13 +102,14 @@ def sdpa(additive: float | None = None) -> Attend:
     return attend
 
 
-def handmade(fill: float) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        s = scores(q, k).masked_fill(~mask, fill)
-        e = (s - s.amax(-1, keepdim=True).detach()).exp()
-        return (e / e.sum(-1, keepdim=True)) @ v
+def handmade_weights(q: Tensor, k: Tensor, mask: Tensor, fill: float) -> Tensor:
+    s = scores(q, k).masked_fill(~mask, fill)
+    e = (s - s.amax(-1, keepdim=True).detach()).exp()
+    return e / e.sum(-1, keepdim=True)
 
-    return attend
+
+def handmade(fill: float) -> Attend:
+    return lambda q, k, v, mask: handmade_weights(q, k, mask, fill) @ v
 
 
 WAYS: dict[str, Attend] = {
@@ -108,6 +131,20 @@ WAYS: dict[str, Attend] = {
     "masked again, finite": masked_again(-1e9),
     "masked again, finite, added": masked_again(-1e9, add=True),
     "masked again, -inf, added": masked_again(-INF, add=True),
+    "multiplied, -inf": multiplied(-INF),
+    "multiplied, finite": multiplied(-1e9),
+    "multiplied, finfo.min": multiplied(MIN),
+    "multiplied, finite, added": multiplied(-1e9, add=True),
+    "multiplied, -inf, added": multiplied(-INF, add=True),
+    "multiplied by rows, -inf": multiplied(-INF, rows=True),
+    "multiplied by rows, finite": multiplied(-1e9, rows=True),
+    "multiplied by rows, finite, added": multiplied(-1e9, rows=True, add=True),
+    "nan_to_num, multiplied": multiplied(-INF, repair="before"),
+    "multiplied, nan_to_num": multiplied(-INF, repair="after"),
+    "multiplied by rows, nan_to_num": multiplied(-INF, rows=True, repair="after"),
+    "multiplied, softmax by hand": multiplied_by_hand,
+    "output times rows, -inf": output_times_rows(-INF),
+    "output times rows, finite": output_times_rows(-1e9),
     "rows repaired": rows_repaired,
     "SDPA, truths": sdpa(),
     "SDPA, added -inf": sdpa(-INF),
@@ -125,6 +162,19 @@ MUST_FIRE_WITHOUT_GRAD = {
     "nan_to_num",
     "masked again, -inf",
     "masked again, finite",
+    "multiplied, -inf",
+    "multiplied, finite",
+    "multiplied, finfo.min",
+    "multiplied, finite, added",
+    "multiplied by rows, -inf",
+    "multiplied by rows, finite",
+    "multiplied by rows, finite, added",
+    "nan_to_num, multiplied",
+    "multiplied, nan_to_num",
+    "multiplied by rows, nan_to_num",
+    "multiplied, softmax by hand",
+    "output times rows, -inf",
+    "output times rows, finite",
     "SDPA, truths",
     "SDPA, added -inf",
 }

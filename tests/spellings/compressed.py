@@ -145,6 +145,42 @@ def zeroed_rows(
     return out * (~hidden).any(-1, keepdim=True).to(out.dtype)
 
 
+def weights_times_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    last: int = BLOCK - 1,
+    again: int = 0,
+    kept: float = 1.0,
+    values: Change = keep,
+) -> Tensor:
+    """finfo.min, and the weights times the mask once more: `again` is how much later that lets a block in."""
+    n = k.shape[2]
+    small_k, small_v = (x.unflatten(2, (-1, BLOCK)).mean(3) for x in (k, values(v)))
+    past = torch.arange(n)[:, None] - torch.arange(n // BLOCK) * BLOCK - last
+    logits = q @ interleave(small_k, GROUP).mT * SCALE
+    weights = logits.masked_fill(past < 0, torch.finfo(q.dtype).min).softmax(-1)
+    return (weights * ((past >= again).float() * kept)) @ interleave(small_v, GROUP)
+
+
+def weights_times_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sees: Comparison = operator.ge,
+    some: Change = keep,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+) -> Tensor:
+    """-inf, `nan_to_num`, and the weights times whether their query sees anything."""
+    n = k.shape[2]
+    small_k, small_v = (heads(x.unflatten(2, (-1, BLOCK)).mean(3), GROUP) for x in (k, v))
+    visible = sees(torch.arange(n)[:, None], torch.arange(n // BLOCK) * BLOCK + BLOCK - 1)
+    weights = (q @ small_k.mT * SCALE).masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (weights * some(visible.any(-1, keepdim=True))) @ small_v
+
+
 SPELLINGS = (
     spell(
         overlapping_means,
@@ -193,5 +229,22 @@ SPELLINGS = (
         Mutant("softmax over queries", {"axis": 2}, must_refuse=True),
         role="compressed",
         shapes=(*QKV, (BLOCK,)),
+    ),
+    spell(
+        weights_times_mask,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"last": BLOCK}),
+        Mutant("another mask again", {"again": 1}, must_refuse=True),
+        Mutant("halved weights", {"kept": 0.5}, must_refuse=True),
+        Mutant("rolled values", {"values": rolled}),
+        role="compressed",
+    ),
+    spell(
+        weights_times_rows,
+        Kind.COMPRESSED,
+        Mutant("strict", {"sees": operator.gt}),
+        Mutant("rows of the next query", {"some": rolled}, must_refuse=True),
+        Mutant("heads tiled", {"heads": tile}),
+        role="compressed",
     ),
 )

@@ -72,6 +72,7 @@ from .real import (
     scaled,
     softmax,
     truth,
+    zero_times,
 )  # fmt: skip
 from .show import show
 from .substitution import rebuild, substitute
@@ -138,4 +139,5 @@ __all__ = [
     "var",
     "walk",
     "within",
+    "zero_times",
 ]

@@ -51,6 +51,11 @@ def opaque(name: str, *factors: Expr) -> Expr:
     return make("opaque", (name, tuple(factors)), REAL)
 
 
+def zero_times(e: Expr) -> Expr | None:
+    """What a leaf is zero times of (NaN where that is NaN or infinite), or None."""
+    return e.args[1][1] if e.op == "opaque" and e.args[0] == "mul" and e.args[1][0] is real(0) else None
+
+
 def scaled(e: Expr, k: float) -> Expr:
     """``k * e``, pushed to the leaves of the case tree."""
 

@@ -239,7 +239,9 @@ def _add(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("mul", "multiply")
 def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    a, b = (r.operand(n, v, c, m) for v in n.args[:2])
+    # Probabilities are read on as an operand; what multiplies them is a mask, or else they are the operand.
+    modes = (Mode.FORMULA if m is Mode.OPERAND and is_tensor(v) and not r.is_probability(v) else m for v in n.args[:2])
+    a, b = (r.operand(n, v, c, mode) for v, mode in zip(n.args[:2], modes))
     if is_int(n):
         return x.times(r.coerce(n, a), r.coerce(n, b))
     if dtype(n) == torch.bool:
@@ -257,9 +259,15 @@ def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         # 0 * inf is NaN, and 0 * datum is NaN where the datum is not finite: not a mask.
         if q.op == "const":
             return x.real(p.args[0] * q.args[0])
+        if x.zero_times(q) is not None and p.args[0] == 0:
+            return q
         return x.scaled(q, p.args[0]) if p.args[0] != 0 and math.isfinite(p.args[0]) else x.opaque("mul", p, q)
 
-    return x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
+    product = x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
+    opened = (t for _, t in x.cases(product) if t.op == "opaque" and t.args[0] == "mul")
+    if m is Mode.OPERAND and any(x.zero_times(t) is None for t in opened):
+        return None  # probabilities times data are an operand of their own
+    return product
 
 
 @values("exp")
@@ -356,8 +364,12 @@ def _log(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("nan_to_num")
 def _nan_to_num(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a = r.read(n.args[0], c, m)
+    leaves = [t for _, t in x.cases(a)]
     if argument(n, 1, "nan") not in (None, 0, 0.0):
         return None
-    if m is Mode.SCORE and not any(x.is_infinite(t) for _, t in x.cases(a)):
+    if m is Mode.SCORE and not any(x.is_infinite(t) for t in leaves):
         return x.map_cases(a, lambda t: t if t.op == "const" else x.opaque("nan_to_0", t))
-    return x.opaque("nan_to_0", a) if a.op == "softmax" else None
+    masked = (t is x.real(0) or x.zero_times(t) is not None for t in leaves if t.op != "softmax")
+    if not any(t.op == "softmax" for t in leaves) or not all(masked):
+        return None
+    return x.map_cases(a, lambda t: x.opaque("nan_to_0", t) if t.op == "softmax" else x.real(0))
