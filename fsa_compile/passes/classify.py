@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..registry.pattern import Candidate, Pattern
 from ..report import Proof, ReasonKind
+from . import expr as x
 from . import runtime_mask
 from .attention_form import AttentionForm
 from .evaluate import DataDependent
@@ -48,7 +49,8 @@ class Match:
 def classify(
     r: Reader, site: SiteNodes, replaceable: frozenset[Node], patterns: Sequence[Pattern], prover: Prover, needs_grad: bool
 ) -> Match:
-    """The first pattern that is proven.
+    """The first pattern that is proven. Attention to all keys counts only if no other form is better: copies that were gathered for
+    each query are all seen, and are a list of blocks where the keys are taken from further up.
 
     Args:
         r: Reader of the shadow graph.
@@ -66,6 +68,7 @@ def classify(
         raise Refusal(ReasonKind.DROPOUT, f"dropout with p = {p:g} on the probabilities")
     refusals: list[Refusal] = []
     first: FormView | None = None
+    left: Match | None = None
     for form in lift(r, site.softmax, site.contraction, replaceable):
         view = FormView(form, r)
         first = first or view
@@ -75,7 +78,10 @@ def classify(
                     try:
                         proofs = pattern.check(view, candidate, prover)
                         more, empty = _empty_rows(view, candidate, prover, needs_grad)
-                        return Match(pattern, candidate, form, proofs + more, empty)
+                        match = Match(pattern, candidate, form, proofs + more, empty)
+                        if pattern.rewrites or form.visible is not x.TRUE:
+                            return match
+                        left = left or match
                     except Refusal as refusal:
                         refusal.fitted = bool(candidate.parameters)
                         refusals.append(refusal)
@@ -85,6 +91,8 @@ def classify(
                 refusals.append(runtime_mask.needed(view, unknown.expression))
         if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
             break
+    if left is not None:
+        return left
     best = max(refusals, key=_telling, default=None)
     if first is not None and first.data_dependent() and (best is None or best.reason.kind in MASKS):
         raise runtime_mask.outsider(first) or best or runtime_mask.unrecognised(first)

@@ -2,8 +2,9 @@
 
 Few, and each property-tested against torch in ``tests/passes/test_facts.py`` with ties, infinities and NaN:
 
-* a top-k or sort index is within its axis, and two slots of one list hold different indices;
+* an index of a top-k, sort or argsort is within its axis, and two slots of one list hold different indices;
 * a block that a top-k (``largest=True``) did not pick does not score higher than one that it picked;
+* no block scores higher than the first of a descending sort or argsort;
 * an ``exists`` has a witness when it holds, and holds when some term satisfies it;
 * a minimum over slots is at most the element in any slot.
 
@@ -19,7 +20,7 @@ from torch.fx import Node
 
 from . import expr as x
 from .expr import Expr
-from .nodes import argument, axis, op_name, rank
+from .nodes import argument, axis, op_name, picked, rank
 from .reader import Mode, Reader
 from .smt import closure
 
@@ -84,7 +85,7 @@ def membership_facts(e: Expr, terms: Sequence[Expr]) -> Iterable[Expr]:
 def pick_facts(r: Reader, name: str, atoms: Sequence[Expr]) -> Iterable[Expr]:
     node, d = r.tops[name]
     size = r.shape(node.args[0])[d]
-    slots = r.sizes.shape(node.meta["val"][1])[d]
+    slots = r.sizes.shape(picked(node))[d]
     for a in atoms:
         yield x.implies(x.in_range(a.args[1][d], slots), x.less(x.poly(a), size))
     for a, b in itertools.combinations(atoms, 2):
@@ -113,7 +114,8 @@ def minimum_facts(r: Reader, m: Expr, slot: Expr) -> Iterable[Expr]:
 
 
 def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[Expr], list[tuple[Expr, Expr]]]:
-    """For each top-k in `formulas`: `block` is picked, or does not outrank the first pick.
+    """For each top-k in `formulas`: `block` is picked, or does not outrank the first pick. For each descending sort or argsort,
+    which holds all blocks and of which the model may read a part: `block` does not outrank the first.
 
     Args:
         r: The reader.
@@ -132,7 +134,7 @@ def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[
             continue
         source = node.args[0]
         size = r.shape(source)[d]
-        width = r.sizes.shape(node.meta["val"][1])[d]
+        width = r.sizes.shape(picked(node))[d]
         if width.lo < 1:
             continue
 
@@ -143,7 +145,8 @@ def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[
         first = x.apply(atom.args[0], at(x.ZERO), atom.lo, atom.hi)
         member = x.exists(slot, x.equal(x.apply(atom.args[0], at(slot), atom.lo, atom.hi), block))
         outranks = x.compare_reals("gt", r.read(source, at(block), Mode.VALUE), r.read(source, at(first), Mode.VALUE))
-        facts.append(x.disj(member, x.negate(outranks), x.negate(x.in_range(block, size))))
+        taken = member if op_name(node) == "topk" else x.FALSE
+        facts.append(x.disj(taken, x.negate(outranks), x.negate(x.in_range(block, size))))
         slots.append((first, witness(member) if member.op == "exists" else x.ZERO))
     return facts, slots
 

@@ -51,6 +51,12 @@ def rank(n: Node) -> int:
     return n.meta["val"].dim()
 
 
+def picked(n: Node) -> torch.Tensor:
+    """The (fake) indices of a top-k or sort, its second result, or of an argsort."""
+    value = n.meta["val"]
+    return value if isinstance(value, torch.Tensor) else value[1]
+
+
 def axis(d: int, r: int) -> int:
     """A possibly negative dimension as an index."""
     return d + r if d < 0 else d

@@ -24,6 +24,7 @@ from .classify import Match
 from .evaluate import TensorEvaluator
 from .expr import Expr
 from .legality import ListTensor, Placement
+from .nodes import picked
 from .profit import operand_dtype
 from .ranking import Ranking
 from .reader import Reader
@@ -229,7 +230,7 @@ class Rewriter:
     def _data_shape(self, name: str) -> Sequence[Expr]:
         node = self.r.nodes[name]
         if name in self.r.tops:
-            return self.r.sizes.shape(node.meta["val"][1])
+            return self.r.sizes.shape(picked(node))
         return self.r.shape(node)
 
     def _create(self, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:

@@ -104,20 +104,35 @@ class Sizes:
         value = s.xreplace(values)
         # Without a hint (unbacked) any value does: hints steer proposals, proofs never see them.
         self.hints[symbol] = (int(value) if value.is_Integer else max(UNBACKED, 0 if math.isinf(lo) else int(lo))) // c
-        return x.times(x.size_symbol(symbol, math.ceil(lo / c) if c > 1 else lo, hi // c if c > 1 else hi), c)
+        if not math.isinf(lo):
+            lo = -(-lo // c)
+        if not math.isinf(hi):  # inf // c is NaN
+            hi = hi // c
+        return x.times(x.size_symbol(symbol, lo, hi), c)
 
     def _divisor(self, s: Any) -> int:
         """The largest number that guards say divides the symbol `s`."""
         c = 1
         for relation in [g.expr for g in self._env.guards] if s.is_Symbol else []:
-            if isinstance(relation, sympy.Eq) and 0 in relation.args:
-                m = relation.args[0] if relation.args[1] == 0 else relation.args[1]
-                if type(m).__name__ in ("Mod", "PythonMod") and m.args[0] == s and m.args[1].is_Integer:
-                    c = math.lcm(c, int(m.args[1]))
+            for a, b in (relation.args, relation.args[::-1]) if isinstance(relation, sympy.Eq) else ():
+                c = math.lcm(c, _even(s, a, b))
         return c
 
     def _positive(self, s: Any) -> bool:
         return self._translate(s).lo > 0
+
+
+def _even(s: Any, a: Any, b: Any) -> int:
+    """The number that divides `s` where ``a == b`` says so: as ``s % c == 0`` or as ``s == c * (s // c)``; 1 where it does not."""
+    if b == 0 and type(a).__name__ in ("Mod", "PythonMod") and a.args[0] == s:
+        c = a.args[1]
+    elif a == s:
+        c, quotient = b.as_coeff_Mul()
+        if type(quotient).__name__ not in ("FloorDiv", "CleanDiv") or quotient.args != (s, c):
+            return 1
+    else:
+        return 1
+    return int(c) if c.is_Integer else 1
 
 
 def _bound(b: Any) -> float:

@@ -54,23 +54,6 @@ REFUSALS: tuple[Refusal, ...] = (
         {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"
     ),
     Refusal({"window.form": "chunks", "dynamic": "mark"}, "window", "operands: the keys that the logits see"),
-    Refusal({"selected.form": "gather", "selected.best": "argsort"}, "selected", "duplicates: "),
-    # That the own block, forced with +inf, is among the first of a sorted list is known of topk alone.
-    Refusal(
-        {"selected.form": "gather", "selected.best": "sort", "selected.own": "in"}, "selected", "gradient: a query may see no key"
-    ),
-    Refusal(
-        {
-            "selected.form": "dense",
-            "selected.best": ("argsort", "sort"),
-            "selected.own": "in",
-            "selected.apply": ("additive", "additive_where", "penalty"),
-            "selected.fill": ("-1e9", "finfo.min", "-finfo.max"),
-            "grad": "grad",
-        },
-        "selected",
-        "gradient: a query may see no key",
-    ),
     Refusal({"selected.form": "gather", "selected.gather": "embedding"}, "selected", "operands: the keys that the logits see"),
     Refusal({"*.product": "sdpa", "dynamic": "mark"}, "selected", "operands: the keys that the logits see"),
     Refusal({"*.product": "sdpa", "dynamic": "all"}, "selected", "shape: the head dimension is dynamic"),
@@ -81,7 +64,6 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "operands: the keys that the logits see"),
     Refusal({"dynamic": "all", "selected.scores": "list"}, "selected", "operands: the keys that the logits see"),
-    Refusal({"dynamic": "all", "selected.form": "gather"}, "selected", "mask: the mask depends on data"),
     Refusal({"dynamic": "mark", "selected.form": "gather"}, "selected", "operands: the keys that the logits see"),
 )
 

@@ -157,7 +157,7 @@ class Reading:
 
     def _tensor(self, name: str) -> Tensor:
         value = self.values[name]
-        if name in self.reader.tops:
+        if name in self.reader.tops and isinstance(value, tuple):
             value = value[1]
         if value.dtype == torch.bool:
             return value

@@ -109,6 +109,14 @@ def test_sums_and_products_do_not_depend_on_order(a: Twin, b: Twin) -> None:
     assert x.minus(x.plus(a.e, b.e), b.e) is a.e
 
 
+def test_comparisons_with_nan_are_false() -> None:
+    """As an infinity and its opposite give it, so that no solver sees it."""
+    nan, datum = x.add_reals(x.real(math.inf), x.real(-math.inf)), x.load("t", (x.ZERO,))
+    for op in ("eq", "gt", "ge"):
+        for a, b in ((nan, datum), (datum, nan), (nan, nan), (nan, x.real(0))):
+            assert x.compare_reals(op, a, b) is x.FALSE
+
+
 @quick
 @given(st.sampled_from(["i", "j", "k"]), formulas, points())
 def test_exists_is_what_trying_every_value_says(name: str, t: Twin, p: Point) -> None:

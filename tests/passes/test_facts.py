@@ -43,6 +43,11 @@ CHOICES: dict[str, Choice] = {
     "sort": lambda s: s.sort(-1).indices,
     "sort, descending": lambda s: s.sort(-1, descending=True).indices,
     "sort, stable, cut": lambda s: torch.sort(s, dim=-1, descending=True, stable=True).indices[:, :TOP_K],
+    "sort, descending, the first": lambda s: s.sort(-1, descending=True).indices[:, :1],
+    "argsort": lambda s: s.argsort(-1),
+    "argsort, descending": lambda s: s.argsort(-1, descending=True),
+    "argsort, descending, cut": lambda s: s.argsort(dim=-1, descending=True)[..., :TOP_K],
+    "argsort of the first axis, stable, cut": lambda s: torch.argsort(s.mT, dim=0, descending=True, stable=True)[:TOP_K].mT,
     "topk of masked scores": lambda s: (
         s.masked_fill(torch.arange(BLOCKS) > torch.arange(ROWS)[:, None], -math.inf).topk(TOP_K).indices
     ),
@@ -155,6 +160,11 @@ def test_a_block_that_is_not_picked_does_not_outrank_the_first(choice: Choice, s
         ("sort", False),
         ("sort, descending", True),
         ("sort, stable, cut", True),
+        ("sort, descending, the first", True),
+        ("argsort", False),
+        ("argsort, descending", True),
+        ("argsort, descending, cut", True),
+        ("argsort of the first axis, stable, cut", True),
         ("topk with a forced block", True),
     ],
 )
@@ -163,6 +173,19 @@ def test_only_the_largest_first_have_an_order(name: str, ordered: bool) -> None:
     reading = read_result(mask_of(CHOICES[name]), torch.randn(ROWS, BLOCKS, generator=torch.Generator().manual_seed(0)))
     facts, picks = order_facts(reading.reader, [reading.expression], reading.axes[1])
     assert bool(facts) is bool(picks) is ordered
+
+
+def test_no_block_outranks_the_first_of_a_sort_whatever_part_is_read() -> None:
+    """Not even one that is in no slot that the model reads; of a top-k this holds only of blocks that it did not pick."""
+    s = torch.randn(ROWS, BLOCKS, generator=torch.Generator().manual_seed(0))
+    reading = read_result(mask_of(CHOICES["sort, descending, the first"]), s)
+    facts, _ = order_facts(reading.reader, [reading.expression], reading.axes[1])
+    assert not any(t.op == "exists" for f in facts for t in x.walk(f))
+    assert_hold(reading, facts, reading.axes)
+    ascending = read_result(mask_of(lambda s: s.sort(-1).indices[:, :1]), s)
+    wrong = Reading(reading.reader, reading.node, reading.expression, reading.axes, ascending.eager, ascending.values)
+    with pytest.raises(AssertionError, match="false on data"):
+        assert_hold(wrong, facts, reading.axes)
 
 
 def test_the_order_fact_would_be_false_for_the_smallest() -> None:

@@ -104,6 +104,8 @@ def compare_reals(op: str, a: Expr, b: Expr) -> Expr:
 
     def leaf(x: Expr, y: Expr) -> Expr:
         x, y = _value(x), _value(y)
+        if any(t.op == "const" and math.isnan(t.args[0]) for t in (x, y)):
+            return FALSE
         if x.op == y.op == "const":
             u, v = x.args[0], y.args[0]
             return boolean({"eq": u == v, "gt": u > v, "ge": u >= v}[op])

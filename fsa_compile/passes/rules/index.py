@@ -192,7 +192,7 @@ def _getitem(r: Reader, n: Node, c: Coords) -> Move | None:
 
 
 def r_axis(producer: Node) -> int:
-    """The axis of a top-k or a sort."""
+    """The axis of a top-k, a sort or an argsort."""
     position = 2 if op_name(producer) == "topk" else 1
     return axis(argument(producer, position, "dim", -1), rank(producer.args[0]))
 
@@ -331,9 +331,14 @@ def _triangle(r: Reader, n: Node, c: Coords) -> Move | None:
 
 @moves("cat")
 def _cat_of_one(r: Reader, n: Node, c: Coords) -> Move | None:
-    # einops.pack of one tensor is a cat of one tensor; empty parts are dropped.
+    """Of one tensor, as einops.pack writes it, or of one tensor several times, which repeats it; empty parts are dropped."""
     parts = nonempty(r, n.args[0])
-    return Move(parts[0], c) if len(parts) == 1 else None
+    if len(parts) == 1:
+        return Move(parts[0], c)
+    if len(set(parts)) != 1:
+        return None
+    d = axis(argument(n, 1, "dim", 0), rank(n))
+    return Move(parts[0], at(c, d, x.mod(c[d], r.shape(parts[0])[d])))
 
 
 def nonempty(r: Reader, tensors: Sequence[Node]) -> list[Node]:

@@ -14,7 +14,7 @@ from .pointwise import converted
 
 
 def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
-    """Element `c` of the indices of a top-k or a sort; the node is remembered, `facts.py` knows what holds of it."""
+    """Element `c` of the indices of a top-k, a sort or an argsort; the node is remembered, `facts.py` knows what holds of it."""
     d = r_axis(producer)
     r.tops[producer.name] = (producer, d)
     return x.apply(producer.name, c, 0, r.shape(producer.args[0])[d].hi - 1)
@@ -26,6 +26,11 @@ def _indices(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return top_index(r, producer, c) if op_name(producer) in ("topk", "sort") and k == 1 else None
 
 
+@values("argsort")
+def _argsort(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    return top_index(r, n, c)
+
+
 @values("scatter")
 def _scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if len(n.args) != 4 or n.kwargs.get("reduce") is not None:
@@ -34,17 +39,34 @@ def _scatter(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     d = axis(d, rank(source))
     v = x.var(f"{n.name}.slot", r.shape(index)[d])
     q = at(c, d, v)
-    covered = [
-        x.less(q[k], s) for k, (s, full) in enumerate(zip(r.shape(index), r.shape(source))) if k != d and s is not full
-    ]
     if is_tensor(value):
         new = r.read(value, q, m)
         if x.as_var(v) in new.free:
             return None  # which of several writers wins is not defined
     else:
         new = literal(value, dtype(n))
-    hit = _listed(v, x.conj(*covered), r.read(index, q), c[d])
-    return x.select(hit, new, r.read(source, c, m))
+    return x.select(_written(r, n, c, d, v), new, r.read(source, c, m))
+
+
+@values("scatter_add")
+def _scatter_add(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Ones added to zeros: how often an element is listed. Zero iff it is not, at least one otherwise, how many is not needed."""
+    source, d, index, added = n.args
+    d = axis(d, rank(source))
+    v = x.var(f"{n.name}.slot", r.shape(index)[d])
+    base = r.read(source, c, m)
+    if base not in (x.ZERO, x.real(0)) or r.read(added, at(c, d, v), m) not in (x.ONE, x.real(1)):
+        return None
+    count = x.apply(n.name, c, 1, r.shape(index)[d].hi)
+    return x.select(_written(r, n, c, d, v), r.coerce(n, count), base)
+
+
+def _written(r: Reader, n: Node, c: Coords, d: int, slot: Expr) -> Expr:
+    """Whether the scatter `n` along axis `d` writes element `c`, from some `slot`."""
+    source, index, q = n.args[0], n.args[2], at(c, d, slot)
+    sizes = enumerate(zip(r.shape(index), r.shape(source)))
+    covered = [x.less(q[k], s) for k, (s, full) in sizes if k != d and s is not full]
+    return _listed(slot, x.conj(*covered), r.read(index, q), c[d])
 
 
 def _listed(slot: Expr, given: Expr, entry: Expr, value: Expr) -> Expr:
