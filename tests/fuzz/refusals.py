@@ -48,7 +48,8 @@ class Refusal:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal({"selected.membership": "isin"}, "selected", "runtime_mask: the mask holds run-time values"),
+    # Codes whose step is symbolic are not divided by it.
+    Refusal({"selected.membership": "isin", "dynamic": ("mark", "all")}, "selected", "mask: the mask depends on data"),
     Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
     Refusal(
         {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"

@@ -40,6 +40,11 @@ A, B, V = real(2, 3, 4, 5), real(3, 4), real(4)
 POSITIVE, NEGATIVE = B > 0, B < 0
 
 
+def codes(rows: int, step: int, numbers: Tensor) -> Tensor:
+    """Numbers of each row that no other row has, as long as they are below `step`."""
+    return torch.arange(rows)[:, None] * step + numbers
+
+
 @dataclass(frozen=True)
 class Case:
     """A function of tensors to be read.
@@ -263,7 +268,12 @@ MEMBERSHIPS = (
     case("masked assignment, inner dimension", written((3, 4), torch.bool, assign(ALL, "0")), V > 0),
     case("one_hot", lambda i: F.one_hot(i, 5), ints(3, 4, hi=5)),
     case("isin", torch.isin, ints(3, 4, hi=8), ints(3, hi=8)),
-    case("isin, inverted", lambda i, j: torch.isin(i, j, invert=True), ints(3, 4, hi=8), ints(3, hi=8), leaf=True),
+    case("isin, inverted", lambda i, j: torch.isin(i, j, invert=True), ints(3, 4, hi=8), ints(3, hi=8)),
+    case("isin of a flattened list", lambda i, j: torch.isin(i, j.view(3, 1).flatten()), ints(3, 4, hi=8), ints(3, hi=8)),
+    case("isin of rows of codes", lambda i: torch.isin(codes(3, 9, torch.arange(8)), codes(3, 9, i % 8)), ints(3, 4)),
+    case("isin of rows of codes, elsewhere", lambda i: torch.isin(torch.arange(-7, 40), codes(3, 9, i % 8).t().flatten()), ints(3, 4)),
+    case("isin of codes that overlap", lambda i: torch.isin(torch.arange(30), codes(3, 7, i % 8)), ints(3, 4), leaf=True),
+    case("isin of codes of unknown numbers", lambda i: torch.isin(codes(3, 9, i), codes(3, 9, i)), ints(3, 4, hi=8), leaf=True),
     case("isin of nothing", lambda: torch.isin(torch.arange(3), torch.zeros(0, dtype=torch.long))),
     case("any of one_hot", lambda i: F.one_hot(i, 5).any(-2), ints(3, 4, hi=5)),
     case("any of equalities", lambda i: (i[..., None] == torch.arange(6)).any(-2), ints(3, 4, hi=6)),

@@ -9,6 +9,7 @@ from .. import expr as x
 from ..expr import Expr
 from ..nodes import argument, axis, dtype, is_tensor, literal, op_name, rank
 from ..reader import Coords, Mode, Reader, values
+from ..smt import solve
 from .index import at, parts_of, r_axis, slice_start, wrap
 from .pointwise import converted
 
@@ -168,12 +169,52 @@ def _masked_assignment(r: Reader, n: Node, c: Coords, m: Mode, given: list[tuple
 
 @values("isin")
 def _isin(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Membership in a pool, which has no order: its elements are those of the tensor that it is a view of."""
     elements, pool = n.args[:2]
-    if n.kwargs.get("invert", False) or not is_tensor(pool) or not is_tensor(elements) or rank(pool) != 1:
+    if n.kwargs.get("assume_unique", False) or not is_tensor(pool) or not is_tensor(elements):
         return None
-    v = x.var(f"{n.name}.slot", r.shape(pool)[0])
-    a, b = r.read(pool, (v,)), r.read(elements, c)
-    return x.exists(v, x.equal(a, b)) if a.sort == b.sort == x.INT else None
+    while op_name(pool) in VIEWS and dtype(pool) == dtype(pool.args[0]):
+        pool = pool.args[0]
+    a = r.read(elements, c)
+    slots = tuple(x.var(f"{n.name}.slot{d}", s) for d, s in enumerate(r.shape(pool)))
+    entry = r.read(pool, slots)
+    if not a.sort == entry.sort == x.INT or not slots:
+        return None
+    found = x.exists(slots[0], x.equal(entry, a)) if len(slots) == 1 else _in_row(entry, a, slots)
+    return None if found is None else x.negate(found) if n.kwargs.get("invert", False) else found
+
+
+VIEWS = frozenset("view reshape _unsafe_view flatten unflatten contiguous clone permute transpose t unsqueeze squeeze".split())
+"""Other orders of the same elements."""
+
+
+def _in_row(entry: Expr, value: Expr, slots: Coords) -> Expr | None:
+    """``exists row, slot: M * row + list[row, slot] == value`` with entries from 0 to M - 1: only those of the row ``value // M``
+    can be equal, and ``list[row, slot] == value % M`` is left of it."""
+    *lead, slot = slots
+    last = next((v for v in map(x.as_var, reversed(lead)) if v is not None), None)
+    if last is None:
+        return None
+    step = x.ZERO
+    for t, k in entry.args[1]:
+        if t is last or t.op == "prod" and last in t.args[0] and not any(y.free - {last} for y in t.args[0]):
+            step = x.plus(step, x.times(x.substitute(x.poly(t), {last: x.ONE}), k))
+    row, rows = x.ZERO, x.ONE
+    for v in lead:
+        extent = s.args[1] if (s := x.as_var(v)) is not None else x.ONE
+        row, rows = x.plus(x.times(row, extent), v), x.times(rows, extent)
+    number = x.minus(entry, x.times(row, step))
+    if step.lo < 1 or step.free or solve([], x.in_range(number, step), 200) is not None:
+        return None
+    here, rest = x.floordiv(value, step), x.mod(value, step)
+    place: dict[Expr, Expr] = {}
+    left = here
+    for v in reversed(lead):
+        if (s := x.as_var(v)) is not None:
+            place[s] = x.mod(left, s.args[1])
+            left = x.floordiv(left, s.args[1])
+    hit = _listed(slot, x.TRUE, x.substitute(number, place), rest)
+    return x.conj(x.in_range(here, rows), hit)
 
 
 @values("cat", "concat")
