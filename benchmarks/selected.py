@@ -1,12 +1,15 @@
 """Selected attention on one GPU: ours against full causal attention, FlexAttention and named peers.
 
     python benchmarks/selected.py [--quick] [--peer fsa=/path/to/adapter.py] [--out results.json]
+    python benchmarks/selected.py --n 65536 --group 4 --selection random --seconds 120
 
 Every cell first checks out and dQ of a few rows against float64, then takes medians of `triton.testing.do_bench`, all contenders
 in one process on the same inputs. TFLOP/s count the listed blocks (5/2 as much in backward), the share of the floor is theirs of
 what a matrix product reaches on the same device. Full attention does not depend on the selection: once for each length and
-group. A peer is a Python file with ``forward(q, k, v, indices, block_size, scale) -> out``, causal
-and differentiable in q, k and v; shapes are ours: q (b, hq, n, d), k and v (b, hkv, n, d), indices (b, hkv, n, t) int32, -1 none.
+group. An exception in a contender is kept as its result. The last table, "ratios" in the file, holds the fastest peer's time
+over ours (full attention and FlexAttention are no peers). A peer is a Python file with ``forward(q, k, v, indices, block_size,
+scale) -> out``, causal and differentiable in q, k and v; shapes are ours: q (b, hq, n, d), k and v (b, hkv, n, d), indices
+(b, hkv, n, t) int32, -1 none.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from triton.testing import do_bench
 from fsa_compile.kernels.triton.selected_attention import selected_attention_backward, selected_attention_forward
 
 KV_HEADS, HEAD_DIM = 4, 128
+SELECTIONS = ("random", "correlated", "hot")
 FLEX_LONGEST = 32768
 """FlexAttention needs a block mask per head and the dense (n, blocks) table it is made from: beyond this it is not tried."""
 
@@ -191,12 +195,12 @@ def load_peer(path: str) -> Callable[..., Tensor]:
     return module.forward
 
 
-def cells(quick: bool) -> Iterator[Cell]:
+def cells(quick: bool, lengths: list[int], groups: list[int], selections: list[str]) -> Iterator[Cell]:
     """Every length, group and selection; `quick` leaves out 16k and most of 32k, 128k and of blocks of 128."""
-    for n in (8192, 16384, 32768, 65536, 131072):
-        for group in (1, 2, 4, 8, 16):
+    for n in lengths:
+        for group in groups:
             for block_size, slots in ((64, 16), (128, 8)):
-                for selection in ("random", "correlated", "hot"):
+                for selection in selections:
                     main = n in (8192, 65536) and (block_size == 64 or selection == "random")
                     if not quick or main or (n >= 32768 and group in (1, 4) and block_size == 64 and selection == "random"):
                         yield Cell(n, group, block_size, slots, selection)
@@ -230,22 +234,47 @@ def measure(cell: Cell, peers: dict[str, Callable[..., Tensor]], quick: bool) ->
     )
     indices = select(cell, g)
     contenders: dict[str, Callable[..., Tensor]] = {"ours": Ours.apply, **peers}
+    unmade: dict[str, dict[str, str]] = {}
     wanted = not quick  # it compiles for half a minute
     if wanted and cell.n <= FLEX_LONGEST and cell.selection == "random":
-        contenders["flex"] = flex_contender(cell, indices)
-    record: dict = {**asdict(cell), "name": cell.name, "times": {}, "errors": {}}
+        try:
+            contenders["flex"] = flex_contender(cell, indices)
+        except Exception as error:  # noqa: BLE001
+            unmade["flex"] = failure(error)
+    record: dict = {**asdict(cell), "name": cell.name, "times": unmade, "errors": {}}
     for name, forward in contenders.items():
         try:
             record["errors"][name] = row_errors(forward, cell, q, k, v, indices, dout)
             times = time_contender(forward, cell, q, k, v, indices, dout)
             record["times"][name] = times | rates(cell, indices, times)
-        except (torch.OutOfMemoryError, triton.runtime.errors.OutOfResources) as error:
-            record["times"][name] = {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
+        except Exception as error:  # noqa: BLE001
+            record["times"][name] = failure(error)
         torch.cuda.empty_cache()
     # 128k with 16 heads per group does not leave it room.
     if cell.selection == "random" and cell.block_size == 64 and cell.n * cell.group <= 65536 * 16:
-        record["times"]["full"] = time_contender(full_attention, cell, q, k, v, indices, dout)
+        try:
+            record["times"]["full"] = time_contender(full_attention, cell, q, k, v, indices, dout)
+        except Exception as error:  # noqa: BLE001
+            record["times"]["full"] = failure(error)
+    record["ratios"] = ratios(record["times"], list(peers))
     return record
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What takes the place of times: a peer that does not compile or has no room must not end the run."""
+    return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def ratios(times: dict[str, dict], peers: list[str]) -> dict[str, dict]:
+    """For forward and for forward + backward: the fastest peer, and its time over ours. Empty where either is missing."""
+    found = {}
+    for name, parts in (("forward", ("forward_ms",)), ("forward + backward", ("forward_ms", "backward_ms"))):
+        total = {x: sum(times[x][p] for p in parts) for x in ("ours", *peers) if "failed" not in times[x]}
+        mine = total.pop("ours", None)
+        if mine and total:
+            best = min(total, key=total.__getitem__)
+            found[name] = {"peer": best, "ratio": total[best] / mine}
+    return found
 
 
 def show(record: dict) -> None:
@@ -263,32 +292,88 @@ def show(record: dict) -> None:
         )
 
 
+def summary(records: list[dict]) -> None:
+    """The fastest peer's time over ours, cell by cell."""
+    print(f"\n{'fastest peer / ours':34s} {'forward':>16s} {'forward + backward':>20s}")
+    for record in records:
+        shown = [f"{x['ratio']:.2f} {x['peer']}" for x in record["ratios"].values()]
+        if shown:
+            print(f"{record['name']:34s} {shown[0]:>16s} {shown[1]:>20s}")
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Milliseconds of forward + backward against the length, one panel per group, of random blocks of 64."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    kept = [x for x in records if x["selection"] == "random" and x["block_size"] == 64]
+    groups = sorted({x["group"] for x in kept})
+    if not groups:
+        return
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(4 * len(groups), 4), sharey=True, squeeze=False)
+    for panel, group in zip(panels[0], groups):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for record in (x for x in kept if x["group"] == group):
+            for name, x in record["times"].items():
+                if "failed" not in x:
+                    lines.setdefault(name, []).append((record["n"], x["forward_ms"] + x["backward_ms"]))
+        for name, points in lines.items():
+            panel.loglog(*zip(*points), marker="o", label=name)
+        panel.set(title=f"G = {group}", xlabel="length", ylabel="forward + backward, ms")
+        panel.legend()
+    figure.savefig(path, bbox_inches="tight")
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cells, no FlexAttention: a minute")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another implementation's adapter")
+    parser.add_argument("--n", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072], help="lengths")
+    parser.add_argument("--group", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="query heads per key/value head")
+    parser.add_argument("--selection", nargs="+", default=SELECTIONS, choices=SELECTIONS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new cell after this")
     parser.add_argument("--commit", help="what to record where there is no git checkout to ask")
     parser.add_argument("--out", type=Path, help="where the JSON goes; default benchmarks/results/selected-DATE.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/selected.py needs a CUDA device.")
-    peers = {name: load_peer(path) for name, path in (x.split("=", 1) for x in args.peer)}
+    start = time.monotonic()
+    peers, unloaded = {}, {}
+    for name, path in (x.split("=", 1) for x in args.peer):
+        try:
+            peers[name] = load_peer(path)
+        except Exception as error:  # noqa: BLE001
+            unloaded[name] = failure(error)["failed"]
+            print(f"peer {name} {unloaded[name]}")
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=here, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     commit = args.commit or (git.stdout.strip() if git.returncode == 0 else "unknown")
     header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
               "commit": commit, "matmul_tflops": matmul_tflops(),
-              "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}  # fmt: skip
+              "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "peers": list(peers),
+              "peers_not_loaded": unloaded}  # fmt: skip
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
     print(f"{'cell':34s} {'':6s}  forward backward    scratch forward backward", flush=True)
     out = args.out or here / "results" / f"selected-{time.strftime('%Y-%m-%d')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    for cell in cells(args.quick):
-        records.append(measure(cell, peers, args.quick))
+    records, skipped = [], []
+    for cell in cells(args.quick, args.n, args.group, args.selection):
+        if time.monotonic() - start > args.seconds:
+            skipped.append(cell.name)
+            continue
+        try:
+            records.append(measure(cell, peers, args.quick))
+        except Exception as error:  # noqa: BLE001 - no room for the inputs, or a peer left the device unusable
+            records.append({**asdict(cell), "name": cell.name, "times": {"all": failure(error)}, "errors": {}, "ratios": {}})
         show(records[-1])
         out.write_text(json.dumps({**header, "cells": records}, indent=1))
+    out.write_text(json.dumps({**header, "cells": records, "not_reached": skipped}, indent=1))
+    summary(records)
+    if skipped:
+        print(f"{len(skipped)} cells not reached in {args.seconds:.0f} s: {', '.join(skipped)}")
+    plot(records, out.with_suffix(".png"))
     print(out)
 
 
