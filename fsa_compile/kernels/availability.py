@@ -6,6 +6,8 @@ Inductor makes of dense attention, so `profit="auto"` does not rewrite there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -59,6 +61,35 @@ def why_no_selection_kernel(
         head_dim: dk.
         stride, kernel_size, block_size, n_keys, top_k, n_init, n_local: As in `reference.select_blocks`.
     """
+    kernels = _selection_kernels(device)
+    if kernels is None or isinstance(kernels, str):
+        return kernels
+    q, k = (torch.empty(1, h, 1, head_dim, device=device, dtype=dtype) for h in heads)
+    rule = 1.0, stride, kernel_size - 1, 0, kernel_size, block_size, n_keys, top_k, n_init, n_local, 0, None
+    return kernels.select_blocks_supports(q, k, q.new_empty(1, heads[0], 1), *rule)
+
+
+def why_no_maximum_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    n_keys: int,
+    top_k: int,
+    n_init: int,
+    n_local: int,
+) -> str | None:
+    """The same for `reference.select_blocks_by_max`."""
+    kernels = _selection_kernels(device)
+    if kernels is None or isinstance(kernels, str):
+        return kernels
+    q, k = (torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype).expand(1, h, n, -1) for h, n in zip(heads, (1, n_keys)))
+    return kernels.select_blocks_by_max_supports(q, k, block_size, top_k, n_init, n_local, 0, None)
+
+
+def _selection_kernels(device: torch.device) -> Any:
+    """The module of the kernels, a sentence on why there is none, or None on a CPU, which needs none."""
     if device.type != "cuda":
         return None
     try:
@@ -67,6 +98,4 @@ def why_no_selection_kernel(
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
         return "triton is not installed"
-    q, k = (torch.empty(1, h, 1, head_dim, device=device, dtype=dtype) for h in heads)
-    rule = 1.0, stride, kernel_size - 1, 0, kernel_size, block_size, n_keys, top_k, n_init, n_local, 0, None
-    return block_selection.select_blocks_supports(q, k, q.new_empty(1, heads[0], 1), *rule)
+    return block_selection

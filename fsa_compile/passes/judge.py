@@ -18,7 +18,7 @@ from .legality import Placement, Surroundings, needs_grad, place
 from .parts import Repeated
 from .profit import weigh, weigh_selection
 from .prove import Prover
-from .ranking import Ranking, ranking
+from .ranking import MaximumRanking, ProbabilityRanking, ranking
 from .reader import Reader, Unreadable
 from .refusal import Refusal
 from .shadow import Shadow, dynamo_node
@@ -30,15 +30,22 @@ UNROLLED = 8
 
 @dataclass(frozen=True)
 class Fusion:
-    """`fsa::select_blocks` in the place of the scores and the top-k of a selected site.
+    """An op in the place of the scores and the top-k of a selected site.
 
     Attributes:
-        ranking: With which parameters.
-        compressed: Where the branch stands whose probabilities it sums.
+        ranking: Which, and with which parameters.
+        compressed: Where the branch stands whose probabilities it sums, if it does.
+        place: The selected site, with what the op reads among its operands.
     """
 
-    ranking: Ranking
-    compressed: Placement
+    ranking: ProbabilityRanking | MaximumRanking
+    compressed: Placement | None
+    place: Placement
+
+    def in_copy(self, counterpart: Mapping[Node, Node]) -> Fusion:
+        """The same in a repetition of the part of the graph."""
+        compressed = self.compressed.in_copy(counterpart) if self.compressed is not None else None
+        return Fusion(self.ranking, compressed, self.place.in_copy(counterpart))
 
 
 @dataclass(frozen=True)
@@ -155,14 +162,20 @@ class Judge:
     def _with_selection(self, j: Judged, others: Mapping[str, Judged]) -> Judged:
         assert j.match is not None and j.placement is not None
         try:
-            found = ranking(self.r, j.match, {name: o.match for name, o in others.items() if o.match is not None}, self.prover)
-            branch = others[found.compressed]
-            assert branch.match is not None and branch.placement is not None
-            weigh_selection(self.r, found, branch.match, branch.placement, always=self.options.profit == "always")
+            branches = {name: o.match for name, o in others.items() if o.match is not None}
+            found = ranking(self.r, j.match, branches, self.prover, frozenset(self.shadow.standing_for))
+            if isinstance(found, ProbabilityRanking):
+                compressed = others[found.compressed].placement
+                assert compressed is not None
+                reads = compressed.operands
+            else:
+                compressed, reads = None, tuple(self.shadow.standing_for[self.r.nodes[o.node]][0] for o in (found.q, found.k))
+            fusion = Fusion(found, compressed, j.placement.reading(reads))
+            self.surroundings.allow(fusion.place)
+            weigh_selection(self.r, found, j.match, branches, reads[0], always=self.options.profit == "always")
             selection = Selection(True, parameters=found.parameters(), proofs=found.proofs)
-            relied = tuple(self.r.relied.values())
             return replace(
-                j, site=replace(j.site, selection=selection), fusion=Fusion(found, branch.placement), relies_on=relied
+                j, site=replace(j.site, selection=selection), fusion=fusion, relies_on=tuple(self.r.relied.values())
             )
         except Refusal as refusal:
             reason = refusal.reason
@@ -186,12 +199,14 @@ class Judge:
         except Refusal as refusal:
             return Judged(_refused(site, refusal), node)
         held = (self.buffers.of(there) for here, there in copy.items() if self.buffers.of(here) in j.relies_on)
-        fusion = j.fusion
-        if fusion is not None:
+        fusion = None
+        if j.fusion is not None:
             try:
-                fusion = replace(fusion, compressed=fusion.compressed.in_copy(copy))
-            except KeyError:
-                reason = Reason(ReasonKind.SCORES, "the compressed branch stands in another part of the model")
+                fusion = j.fusion.in_copy(copy)
+                self.surroundings.allow(fusion.place)
+            except (KeyError, Refusal) as fault:
+                other = Reason(ReasonKind.SCORES, "what the scores are made of stands in another part of the model")
+                reason = fault.reason if isinstance(fault, Refusal) else other
                 fusion, site = None, replace(site, selection=Selection(False, reason))
         return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None), fusion)
 

@@ -72,9 +72,9 @@ class Placement:
         """The tensors that gradients flow to."""
         return self.q, self.k, self.v, *self.temperatures
 
-    def reading(self, other: Placement) -> Placement:
-        """The same place, with the operands of another among its own."""
-        return replace(self, temperatures=(*self.temperatures, *other.operands))
+    def reading(self, others: tuple[Node, ...]) -> Placement:
+        """The same place, with others among its operands."""
+        return replace(self, temperatures=(*self.temperatures, *others))
 
     def in_copy(self, counterpart: Mapping[Node, Node]) -> Placement:
         """The same place in a repetition of the part of the graph (`parts.Repeated.copies`)."""

@@ -178,8 +178,7 @@ def _fuse(
     assert j.match is not None and j.placement is not None and site.selection is not None
     selection, second = site.selection, None
     if original is not None:
-        where = j.placement.reading(fusion.compressed)
-        second = SecondLine(original, site, j.match, where, options, rewriter.replaced, known, verified=False)
+        second = SecondLine(original, site, j.match, fusion.place, options, rewriter.replaced, known, verified=False)
     try:
         rewriter.fuse_selection(j.match, j.placement, fusion, second)
         selection = replace(selection, checks=tuple(second.checks) if second else ())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from ..kernels.availability import why_no_selection_kernel
+import torch
+from torch.fx import Node
+
+from ..kernels.availability import why_no_maximum_kernel, why_no_selection_kernel
 from ..report import ReasonKind
 from . import dynamo_graph as dg
 from .classify import Match
 from .form_view import FormView
 from .legality import Placement
-from .ranking import Ranking
+from .ranking import MaximumRanking, ProbabilityRanking
 from .reader import Reader
 from .refusal import Refusal
 
@@ -45,18 +48,38 @@ def weigh(r: Reader, match: Match, placement: Placement, always: bool) -> None:
         raise Refusal(reason.kind, reason.text, source=reason.source)
 
 
-def weigh_selection(r: Reader, found: Ranking, compressed: Match, placement: Placement, always: bool) -> None:
-    """Raises if `fsa::select_blocks` cannot run, or (unless `always`) if it would be slower than scores and top-k of the model.
+def weigh_selection(
+    r: Reader,
+    found: ProbabilityRanking | MaximumRanking,
+    selected: Match,
+    branches: Mapping[str, Match],
+    q: Node,
+    always: bool,
+) -> None:
+    """Raises if (unless `always`) the op that ranks would be slower than scores and top-k of the model.
+
+    Args:
+        r: Reader of the shadow graph.
+        found: How it ranks.
+        selected: The branch that it ranks for.
+        branches: The branches that are rewritten, by the name of their softmax.
+        q: The Dynamo node of the queries that it ranks with.
+        always: Whether not to ask.
 
     Raises:
         Refusal: Of kind UNPROFITABLE.
     """
-    form, p = compressed.form, compressed.candidate.parameters
-    q = dg.value(placement.q)
-    assert isinstance(q, torch.Tensor)
-    heads = form.groups * form.kv_heads, form.kv_heads
-    head_dim, n_keys = r.sizes.hint(form.sizes[3]), r.sizes.hint(form.sizes[2])
-    rule = p["stride"], found.kernel_size, found.block_size, n_keys, found.top_k, found.n_init, found.n_local
-    why = why_no_selection_kernel(q.device, operand_dtype(compressed), heads, head_dim, *rule)
+    tensor = dg.value(q)
+    assert isinstance(tensor, torch.Tensor)
+    n_keys = r.sizes.hint(selected.form.keys)
+    blocks = found.block_size, n_keys, found.top_k, found.n_init, found.n_local
+    if isinstance(found, MaximumRanking):
+        dtype = torch.promote_types(found.q.dtype, found.k.dtype)
+        why = why_no_maximum_kernel(tensor.device, dtype, found.heads, int(tensor.shape[-1]), *blocks)
+    else:
+        branch = branches[found.compressed]
+        heads, head_dim = (branch.form.groups * branch.form.kv_heads, branch.form.kv_heads), r.sizes.hint(branch.form.sizes[3])
+        rule = branch.candidate.parameters["stride"], found.kernel_size
+        why = why_no_selection_kernel(tensor.device, operand_dtype(branch), heads, head_dim, *rule, *blocks)
     if why is not None and not always:
         raise Refusal(ReasonKind.UNPROFITABLE, f"no kernel selects such blocks: {why}")

@@ -26,7 +26,7 @@ from .expr import Expr
 from .legality import ListTensor, Placement
 from .nodes import picked
 from .profit import operand_dtype
-from .ranking import Ranking
+from .ranking import MaximumRanking, ProbabilityRanking
 from .reader import Reader
 from .refusal import Refusal
 
@@ -91,11 +91,11 @@ class Rewriter:
         self._remove_dead(placement.output)
 
     def fuse_selection(self, match: Match, placement: Placement, fusion: Fusion, inspect: Inspect | None = None) -> None:
-        """Replaces the list of a rewritten selected site by `fsa::select_blocks`, and with it what only the list needed.
+        """Replaces the list of a rewritten selected site by an op that makes it, and with the list what only it needed.
 
         Args:
             match, placement: The selected site.
-            fusion: The op that makes the list, behind the op of the compressed branch.
+            fusion: The op. It stands behind the op of the compressed branch, if it ranks by its probabilities.
             inspect: Called with the nodes that compute the output and the output, when the new list is in its place.
 
         Raises:
@@ -103,19 +103,28 @@ class Rewriter:
         """
         last = end = None
         try:
-            source = self._op_of(fusion.compressed.output, torch.ops.fsa.compressed_attention)
             target = self._op_of(placement.output, torch.ops.fsa.selected_attention)
-            order = {n: p for p, n in enumerate(self.graph.nodes)}
-            if order[source] > order[target]:
-                raise Refusal(ReasonKind.SCORES, "the compressed branch is computed after the selected one")
-            old, last, end = target.args[3], source, source.next
+            around = [placement.output]
+            if isinstance(fusion.ranking, ProbabilityRanking):
+                assert fusion.compressed is not None
+                source = self._op_of(fusion.compressed.output, torch.ops.fsa.compressed_attention)
+                order = {n: p for p, n in enumerate(self.graph.nodes)}
+                if order[source] > order[target]:
+                    raise Refusal(ReasonKind.SCORES, "the compressed branch is computed after the selected one")
+                old, last, end = target.args[3], source, source.next
+                around.append(fusion.compressed.output)
+            else:
+                source, old, last, end = target, target.args[3], target.prev, target
             with self.graph.inserting_before(end):
-                new = self._selection(match, fusion.ranking, source)
+                if isinstance(fusion.ranking, ProbabilityRanking):
+                    new = self._select_blocks(match, fusion.ranking, source)
+                else:
+                    new = self._select_blocks_by_max(match, fusion.ranking, fusion.place.operands[-2:], target)
             written = _nodes_between(last, end)
             target.update_arg(3, new)
             if inspect is not None:
-                both = {*self._written[fusion.compressed.output], *written, *self._written[placement.output]}
-                inspect([n for n in self.graph.nodes if n in both], self.replaced[placement.output])
+                used = {*written, *(n for o in around for n in self._written[o])}
+                inspect([n for n in self.graph.nodes if n in used], self.replaced[placement.output])
         except Exception as cause:
             if last is not None and end is not None:
                 target.update_arg(3, old)
@@ -133,7 +142,20 @@ class Rewriter:
             raise Refusal(ReasonKind.SCORES, f"the other branch is no {op}")
         return found[0]
 
-    def _selection(self, match: Match, found: Ranking, compressed: Node) -> Node:
+    def _select_blocks_by_max(self, match: Match, found: MaximumRanking, nodes: Sequence[Node], before: Node) -> Node:
+        sizes = _SizeValues(self.r, before, self._proxy)
+        b, n, m = (sizes(s) for s in (match.form.sizes[0], match.form.sizes[2], match.form.keys))
+        dtype = torch.promote_types(found.q.dtype, found.k.dtype)
+        operands = []
+        for node, operand, heads, length in zip(nodes, (found.q, found.k), found.heads, (n, m)):
+            value = dg.value(node)
+            assert isinstance(value, torch.Tensor)
+            t = operand.layout.to_canonical(self._proxy(node), (b, heads, length, value.shape[-1]))
+            operands.append(t if value.dtype == dtype else t.to(dtype))
+        sizes_of_list = found.block_size, found.top_k, found.n_init, found.n_local
+        return self._create(torch.ops.fsa.select_blocks_by_max, *operands, *sizes_of_list, 0).node
+
+    def _select_blocks(self, match: Match, found: ProbabilityRanking, compressed: Node) -> Node:
         q, k, _, scale, stride, last, prefix, offset = compressed.args
         lse = self._create(operator.getitem, Proxy(compressed, self.tracer), 1)
         n_keys = _SizeValues(self.r, compressed, self._proxy)(match.form.keys)

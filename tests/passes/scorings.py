@@ -221,3 +221,70 @@ SCORINGS: dict[str, Scoring] = {
         slips={"not_above": Scoring(lambda p, i: force_own(1000 * grouped(p), i, value=100.0))},
     ),
 }
+
+
+Indexer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Indexed(nn.Module):
+    """Selected attention whose blocks are ranked by an indexer of one head for each key/value head.
+
+    Args:
+        scores: From the indexer's queries (b, hkv, n, d), keys (b, 1, n, d) and positions to scores (b, hkv, n, blocks).
+    """
+
+    def __init__(self, scores: Indexer) -> None:
+        super().__init__()
+        self.scores = scores
+        self.project = nn.Linear(32, (HEADS + 3 * KV_HEADS + 1) * DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.project(x).unflatten(-1, (-1, DIM)).transpose(1, 2).split((HEADS, KV_HEADS, KV_HEADS, KV_HEADS, 1), 1)
+        q, k, v, indexer_q, indexer_k = parts
+        i = torch.arange(x.shape[1])
+        top = self.scores(indexer_q, indexer_k, i).topk(TOP_K, -1)
+        listed = top.indices.masked_fill(top.values == float("-inf"), LENGTH // BLOCK)
+        blocks = torch.zeros(*listed.shape[:-1], LENGTH // BLOCK + 1, dtype=torch.bool).scatter(-1, listed, True)[..., :-1]
+        seen = blocks.repeat_interleave(BLOCK, -1).repeat_interleave(GROUP, 1) & (i[:, None] >= i)
+        mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def block_maxima(q: Tensor, k: Tensor, i: Tensor, hide: float = float("-inf"), ahead: int = 0, scale: float = 1.0) -> Tensor:
+    """The largest causal logit of each block."""
+    logits = (scale * (q @ k.transpose(-1, -2))).masked_fill(i > i[:, None] + ahead, hide)
+    return logits.unflatten(-1, (-1, BLOCK)).amax(-1)
+
+
+def scatter_own(scores: Tensor, i: Tensor, before: int = 1) -> Tensor:
+    local = (i[:, None] // BLOCK - torch.arange(before)).clamp(min=0)
+    return scores.scatter(-1, local.expand(*scores.shape[:2], -1, -1), float("inf"))
+
+
+INDEXERS: dict[str, Indexer] = {
+    "own_block": lambda q, k, i: scatter_own(block_maxima(q, k, i), i),
+    "two_local_blocks": lambda q, k, i: scatter_own(block_maxima(q, k, i), i, before=2),
+    "einsum_and_scale": lambda q, k, i: (
+        (0.25 * torch.einsum("bhid,bgjd->bhij", q, k))
+        .where(i[:, None] >= i, float("-inf"))
+        .unflatten(-1, (-1, BLOCK))
+        .amax(-1)
+        .masked_fill(own(i, LENGTH // BLOCK), float("inf"))
+    ),
+}
+INDEXER_SLIPS: dict[str, Indexer] = {
+    "sees_the_future": lambda q, k, i: scatter_own((q @ k.mT).unflatten(-1, (-1, BLOCK)).amax(-1), i),
+    "one_token_ahead": lambda q, k, i: scatter_own(block_maxima(q, k, i, ahead=1), i),
+    "mean_of_block": lambda q, k, i: scatter_own((q @ k.mT).unflatten(-1, (-1, BLOCK)).mean(-1), i),
+    "finite_fill": lambda q, k, i: scatter_own(block_maxima(q, k, i, hide=-1.0), i),
+    "smallest_logit": lambda q, k, i: scatter_own(-block_maxima(q, k, i, hide=float("inf")), i),
+    "negative_scale": lambda q, k, i: scatter_own(block_maxima(q, k, i, scale=-1.0), i),
+    "half_blocks": lambda q, k, i: scatter_own(
+        (q @ k.mT).masked_fill(i > i[:, None], float("-inf")).unflatten(-1, (-1, BLOCK))[..., : BLOCK // 2].amax(-1), i
+    ),
+    "heads_swapped": lambda q, k, i: scatter_own(block_maxima(q.flip(1), k, i), i),
+    "keys_rolled": lambda q, k, i: scatter_own(block_maxima(q, k.roll(1, 2), i), i),
+    "absolute_logits": lambda q, k, i: scatter_own(
+        (q @ k.mT).abs().masked_fill(i > i[:, None], float("-inf")).unflatten(-1, (-1, BLOCK)).amax(-1), i
+    ),
+}
