@@ -1,21 +1,26 @@
 """The whole core of Native Sparse Attention on one GPU, kernel by kernel and as a sum, against full causal attention.
 
-    python benchmarks/core.py [--lengths 8192 65536] [--groups 1 4 16] [--out results.json]
+    python benchmarks/core.py [--lengths 8192 65536] [--groups 1 4 16] [--seconds 120] [--peer NAME=PATH] [--out results.json]
 
 Compressed attention (kernel 32, stride 16), choosing 16 blocks of 64 (one initial, two local), selected attention, a window of
 512, and three gates; bfloat16, four key/value heads of 128 dimensions, one sequence, memory as (b, n, h, d). Medians of
 `triton.testing.do_bench` in milliseconds. `memory` is what a forward, and a forward with backward, allocate beyond inputs,
 results and gradients, in MiB. `errors` are relative norms against float64 of each branch at the last 16 queries, given the blocks
 that were chosen; `picks` counts lists among them in which float64 would choose another block. The file is written again after
-each cell.
+each cell; an exception is kept as a cell's, or a peer's, result. A peer is a Python file with ``forward(q, k, v, gates) -> out``,
+the same core with its own compression, differentiable in all four; gates (3, 1, 4 g, n, 1) of compressed, selected, window.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,11 +138,27 @@ def extra_memory(step: Callable[[], object], kept: int) -> float:
     return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
 
 
-def measure(n: int, group: int) -> dict:
-    """One cell."""
+@functools.cache
+def load_peer(path: str) -> Callable[..., Tensor]:
+    """The `forward` of a peer's adapter file."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.forward
+
+
+def failure(error: Exception) -> str:
+    """What is kept of an exception."""
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def measure(n: int, group: int, peers: dict[str, str]) -> dict:
+    """One cell; `peers` are adapter files by name."""
     from triton.testing import do_bench
 
-    def time(step: Callable[[], object]) -> float:
+    def median(step: Callable[[], object]) -> float:
         return do_bench(step, warmup=20, rep=100, return_mode="median")
 
     core = draw(n, group, "cuda")
@@ -147,25 +168,34 @@ def measure(n: int, group: int) -> dict:
         blocks = core.choose(lse)
         branches = out, core.selected(blocks), core.window()
         milliseconds = {
-            "compressed": time(core.compressed),
-            "choose": time(lambda: core.choose(lse)),
-            "selected": time(lambda: core.selected(blocks)),
-            "window": time(core.window),
-            "gates": time(lambda: core.gated(branches)),
-            "forward": time(core.forward),
+            "compressed": median(core.compressed),
+            "choose": median(lambda: core.choose(lse)),
+            "selected": median(lambda: core.selected(blocks)),
+            "window": median(core.window),
+            "gates": median(lambda: core.gated(branches)),
+            "forward": median(core.forward),
         }
         memory = {"forward": extra_memory(core.forward, out.nbytes)}
 
     def full() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(core.q, core.k, core.v, is_causal=True, enable_gqa=True)
 
-    milliseconds["forward + backward"] = time(lambda: forward_and_backward(core.forward, core.leaves, grad))
+    milliseconds["forward + backward"] = median(lambda: forward_and_backward(core.forward, core.leaves, grad))
     with torch.no_grad():
-        milliseconds["full forward"] = time(full)
-    milliseconds["full forward + backward"] = time(lambda: forward_and_backward(full, core.leaves[:3], grad))
+        milliseconds["full forward"] = median(full)
+    milliseconds["full forward + backward"] = median(lambda: forward_and_backward(full, core.leaves[:3], grad))
+    failed, leaves = {}, (core.q, core.k, core.v, core.gates)
+    for name, path in peers.items():
+        try:
+            step = partial(load_peer(path), *leaves)
+            with torch.no_grad():
+                milliseconds[f"{name} forward"] = median(step)
+            milliseconds[f"{name} forward + backward"] = median(partial(forward_and_backward, step, leaves, grad))
+        except Exception as error:  # noqa: BLE001 - a peer that does not compile or has no room
+            failed[name] = failure(error)
     gradients = sum(x.nbytes for x in core.leaves)
     memory["forward + backward"] = extra_memory(lambda: forward_and_backward(core.forward, core.leaves, grad), gradients)
-    return {"n": n, "group": group, "ms": milliseconds, "memory": memory, "errors": accuracy(core)}
+    return {"n": n, "group": group, "ms": milliseconds, "memory": memory, "errors": accuracy(core), "failed": failed}
 
 
 def show(record: dict) -> None:
@@ -173,7 +203,7 @@ def show(record: dict) -> None:
     parts = " ".join(f"{name} {value:.2f}" for name, value in record["ms"].items())
     errors = " ".join(f"{name} {value:.1e}" for name, value in record["errors"].items())
     memory = ", ".join(f"{value:.0f}" for value in record["memory"].values())
-    print(f"{record['n'] // 1024}k G={record['group']}: {parts} | extra MiB {memory} | {errors}", flush=True)
+    print(f"{record['n'] // 1024}k G={record['group']}: {parts} | extra MiB {memory} | {errors}", *record["failed"].items(), flush=True)
 
 
 def main() -> None:
@@ -182,18 +212,25 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072, 262144])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--out", type=Path, default=Path("core.json"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new cell after this")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="another implementation's adapter")
     arguments = parser.parse_args()
+    start = time.monotonic()
+    peers = dict(x.split("=", 1) for x in arguments.peer)
     head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     cells = []
     for n in arguments.lengths:
         for group in arguments.groups:
-            try:
-                cells.append(measure(n, group))
-            except torch.OutOfMemoryError:
-                cells.append({"n": n, "group": group, "out_of_memory": True})
-                print(f"{n // 1024}k G={group}: out of memory", flush=True)
+            if time.monotonic() - start > arguments.seconds:
+                cells.append({"n": n, "group": group, "failed": "not reached"})
             else:
-                show(cells[-1])
+                try:
+                    cells.append(measure(n, group, peers))
+                    show(cells[-1])
+                except Exception as error:  # noqa: BLE001 - no room at this length: the other cells go on
+                    cells.append({"n": n, "group": group, "failed": failure(error)})
+            if "ms" not in cells[-1]:
+                print(f"{n // 1024}k G={group}: {cells[-1]['failed']}", flush=True)
             torch.cuda.empty_cache()
             arguments.out.write_text(json.dumps({**head, "cells": cells}, indent=1))
 
