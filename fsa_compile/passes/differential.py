@@ -77,7 +77,7 @@ class SecondLine:
 
     def __call__(self, emitted: Sequence[Node], result: Node) -> None:
         name = f"{self.site.role} at {self.site.source}" + (f" ({self.site.module})" if self.site.module else "")
-        region = self.original.cut(name, self.placement, emitted, result, self.replaced)
+        region = self.original.cut(name, self.placement, emitted, result, self.replaced, chooses=not self.verified)
         if self.options.differential:
             self.checks.append(check(self.original, region, self.match, self.known))
         if self.verified:

@@ -30,7 +30,8 @@ class Region:
         operands: The tensors that the op is given as q, k and v, and the temperatures of q; a tensor that is several of them
             stands once.
         leaves: Where the region begins: the operands, or the nodes that hold their memory if that is written into on the way.
-        path: What is computed from the leaves in real numbers on the way to the output: where gradients flow.
+        path: What is computed from the leaves in real numbers on the way to the output: where gradients flow. If the replacement
+            chooses keys itself, what chooses them is on it too.
         memory: Inputs of the slice that the path is written into.
         needed: Everything that the output or `arguments` are computed from, down to the leaves and to the inputs of the slice.
         replacement: What the rewrite puts in the place of the output, as a graph of its own.
@@ -95,7 +96,13 @@ class Original:
             body.forget_metadata()
 
     def cut(
-        self, name: str, placement: Placement, emitted: Sequence[Node], result: Node, replaced: Mapping[Node, Node]
+        self,
+        name: str,
+        placement: Placement,
+        emitted: Sequence[Node],
+        result: Node,
+        replaced: Mapping[Node, Node],
+        chooses: bool = False,
     ) -> Region:
         """The region of one site.
 
@@ -105,6 +112,7 @@ class Original:
             emitted: The nodes that the rewrite has written for it.
             result: The one of them that takes the place of the output.
             replaced: What earlier rewrites have put in the place of nodes of the graph.
+            chooses: Whether the replacement chooses keys itself.
         """
         before = {new: old for old, new in replaced.items()}
         outside = list(dict.fromkeys(a for n in emitted for a in n.all_input_nodes if a not in set(emitted)))
@@ -114,7 +122,7 @@ class Original:
         upstream = list(output.graph.nodes)[: list(output.graph.nodes).index(output) + 1]
         leaves = tuple(dict.fromkeys(_leaf(n, upstream) for n in operands))
         needed = _needed({output, *arguments}, set(leaves), upstream)
-        path = _path(leaves, upstream) & needed - set(leaves)
+        path = _path(leaves, upstream, through_integers=chooses) & needed - set(leaves)
         memory = frozenset(n for n in path if is_root(n))
         value = dg.value(output)
         assert isinstance(value, torch.Tensor)
@@ -187,15 +195,15 @@ def _ancestors(nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
     return seen
 
 
-def _path(leaves: Sequence[Node], upstream: Sequence[Node]) -> frozenset[Node]:
-    """What is computed from the leaves without passing through integers, including the memory that it is written into."""
+def _path(leaves: Sequence[Node], upstream: Sequence[Node], through_integers: bool) -> frozenset[Node]:
+    """What is computed from the leaves, including the memory that it is written into; not through integers unless asked."""
     path = set(leaves)
     memories: set[int] = set()
     while True:
         size = len(path), len(memories)
         for n in upstream:
             writes = dg.written_by(n)
-            if not (_is_real(n) or writes) or n in path and not writes:
+            if not (through_integers or _is_real(n) or writes) or n in path and not writes:
                 continue
             if dg.storage(n) in memories or any(a in path for a in n.all_input_nodes):
                 path.add(n)
