@@ -6,7 +6,8 @@ Few, and each property-tested against torch in ``tests/passes/test_facts.py`` wi
 * a block that a top-k (``largest=True``) did not pick does not score higher than one that it picked;
 * no block scores higher than the first of a descending sort or argsort;
 * an ``exists`` has a witness when it holds, and holds when some term satisfies it;
-* a minimum over slots is at most the element in any slot.
+* a minimum over slots is at most the element in any slot;
+* scores made of probabilities lie in a range: `ranges.py`.
 
 All are ground: instantiated at the terms that occur, never quantified.
 """
@@ -21,6 +22,7 @@ from torch.fx import Node
 from . import expr as x
 from .expr import Expr
 from .nodes import argument, axis, op_name, picked, rank
+from .ranges import Ranges
 from .reader import Mode, Reader
 from .smt import closure
 
@@ -127,6 +129,7 @@ def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[
     """
     facts: list[Expr] = []
     slots: list[tuple[Expr, Expr]] = []
+    ranges = Ranges(r, (block, x.ZERO))
     atoms = {t for f in formulas for t in x.walk(f) if t.op == "apply" and t.args[0] in r.tops}
     for atom in sorted(atoms, key=lambda e: e.id):
         node, d = r.tops[atom.args[0]]
@@ -144,9 +147,11 @@ def order_facts(r: Reader, formulas: Iterable[Expr], block: Expr) -> tuple[list[
         slot = x.var(f"{atom.args[0]}.slot", width)
         first = x.apply(atom.args[0], at(x.ZERO), atom.lo, atom.hi)
         member = x.exists(slot, x.equal(x.apply(atom.args[0], at(slot), atom.lo, atom.hi), block))
-        outranks = x.compare_reals("gt", r.read(source, at(block), Mode.VALUE), r.read(source, at(first), Mode.VALUE))
+        here, best = (r.read(source, at(e), Mode.VALUE) for e in (block, first))
+        outranks = x.compare_reals("gt", here, best)
         taken = member if op_name(node) == "topk" else x.FALSE
         facts.append(x.disj(taken, x.negate(outranks), x.negate(x.in_range(block, size))))
+        facts += [f for e in (here, best) for f in ranges.facts(e)]
         slots.append((first, witness(member) if member.op == "exists" else x.ZERO))
     return facts, slots
 

@@ -383,7 +383,7 @@ def _small_constant(gm: GraphModule, n: Node) -> Any:
 
 def load_rules() -> None:
     """Fills the tables; rule modules register themselves on import."""
-    from .rules import contraction, flex, index, membership, pointwise, reduction  # noqa: F401
+    from .rules import contraction, expansion, flex, index, membership, pointwise, reduction  # noqa: F401
 
 
 load_rules()

@@ -17,7 +17,7 @@ from fsa_compile.report import Report, Verdict
 
 from . import (
     additive, block_map, codes, compressed, dense_layouts, dense_mask, gathered, layer, log_space, loops, named_axes, products,
-    sdpa, temperature, window,
+    raised, sdpa, temperature, window,
 )  # fmt: skip
 from .lookalikes import LOOKALIKES, LookAlike
 from .spelling import Kind, Mutant, Problem, Spelling
@@ -25,7 +25,7 @@ from .spelling import Kind, Mutant, Problem, Spelling
 SEED = 2
 TOLERANCE = 1e-5
 FAMILIES = (
-    dense_mask, block_map, codes, log_space, dense_layouts, sdpa, gathered, products, loops, named_axes, additive,
+    dense_mask, block_map, codes, log_space, dense_layouts, sdpa, gathered, products, loops, named_axes, additive, raised,
     temperature, window, compressed, layer,
 )  # fmt: skip
 SPELLINGS = tuple(spelling for family in FAMILIES for spelling in family.SPELLINGS)

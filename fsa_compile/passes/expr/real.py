@@ -33,6 +33,9 @@ def from_int(e: Expr) -> Expr:
     a = as_atom(e)
     if a is not None and a.op == "if_int":
         return select(a.args[0], from_int(a.args[1]), from_int(a.args[2]))
+    if e.op == "sum" and len(e.args[1]) == 1 and e.args[1][0][0].op == "if_int":
+        ((case, factor),) = e.args[1]
+        return select(case.args[0], *(from_int(plus(times(part, factor), e.args[0])) for part in case.args[1:]))
     return make("float", (e,), REAL)
 
 

@@ -228,7 +228,7 @@ def _unfold(r: Reader, n: Node, c: Coords) -> Move | None:
     return Move(source, at(tuple(rest), d, x.plus(x.times(rest[d], step), inside)))
 
 
-@moves("repeat")
+@moves("repeat", "tile")
 def _repeat(r: Reader, n: Node, c: Coords) -> Move | None:
     s = r.shape(n.args[0])
     return Move(n.args[0], tuple(x.mod(q, k) for q, k in zip(c[len(c) - len(s) :], s)))

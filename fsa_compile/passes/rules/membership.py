@@ -12,6 +12,7 @@ from ..reader import Coords, Mode, Reader, values
 from ..smt import solve
 from .index import at, parts_of, r_axis, slice_start, wrap
 from .pointwise import converted
+from .reduction import largest
 
 
 def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
@@ -24,6 +25,8 @@ def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
 @values("getitem")
 def _indices(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     producer, k = n.args
+    if op_name(producer) == "max" and k == 0:
+        return largest(r, producer, c, m)
     return top_index(r, producer, c) if op_name(producer) in ("topk", "sort") and k == 1 else None
 
 

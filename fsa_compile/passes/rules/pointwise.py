@@ -313,6 +313,13 @@ def _floor_divide(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.floordiv(r.coerce(n, a), b) if is_int(n) and b.sort == x.INT and b.lo > 0 else None
 
 
+@values("__rshift__", "bitwise_right_shift")
+def _right_shift(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    k = r.scalar(n.args[1])
+    bits = None if k is None else x.constant(k)
+    return x.floordiv(r.read(n.args[0], c, m), 2**bits) if is_int(n) and bits is not None and 0 <= bits < 31 else None
+
+
 @values("remainder", "fmod")
 def _remainder(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
@@ -333,10 +340,22 @@ def _clamp(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("minimum", "maximum")
 def _extremum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    if not is_int(n):
-        return None
+    """Of reals: of two constants, or of a datum and an infinity."""
     a, b = (r.operand(n, v, c, m) for v in n.args[:2])
-    return x.select(x.at_least(a, b), *((a, b) if op_name(n) == "maximum" else (b, a)))
+    if is_int(n):
+        return x.select(x.at_least(a, b), *((a, b) if op_name(n) == "maximum" else (b, a)))
+    wins, loses = (math.inf, -math.inf) if op_name(n) == "maximum" else (-math.inf, math.inf)
+
+    def leaf(p: Expr, q: Expr) -> Expr:
+        if p.op == q.op == "const" and not any(math.isnan(t.args[0]) for t in (p, q)):
+            return (max if op_name(n) == "maximum" else min)(p, q, key=lambda t: t.args[0])
+        for one, other in ((p, q), (q, p)):
+            if one.op == "const" and one.args[0] in (wins, loses):
+                return one if one.args[0] == wins else other
+        raise Unreadable(f"{n.name}: which of two data is the larger")
+
+    a, b = (r.coerce(n, e) for e in (a, b))
+    return x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
 
 
 def _nan(e: Expr) -> Expr:

@@ -52,14 +52,34 @@ def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 @values("sum", "count_nonzero")
 def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     """A count of truths: zero iff none holds, at least one otherwise, how many is not needed. Of products: a contraction."""
-    if is_real(n):
-        return sum_of_products(r, n, c, m) if m in (Mode.FORMULA, Mode.SCORE) and op_name(n) == "sum" else None
     d = reduced_axis(n)
+    if is_real(n):
+        if m is Mode.VALUE and d is not None:
+            return _count(r, n, c, d)
+        return sum_of_products(r, n, c, m) if m in (Mode.FORMULA, Mode.SCORE) and op_name(n) == "sum" else None
     if d is None or dtype(n) not in (torch.int32, torch.int64):  # a count in 8 bits wraps
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "sum")
     hit = _nonzero(r.read(n.args[0], q, Mode.VALUE))
     return None if hit is None else x.select(x.exists(v, hit), x.apply(n.name, c, 1), x.ZERO)
+
+
+def _count(r: Reader, n: Node, c: Coords, d: int) -> Expr | None:
+    """A sum of zeros and ones in floating point."""
+    v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "sum")
+    ones = _where_one(r.read(n.args[0], q, Mode.VALUE))
+    most = r.shape(n.args[0])[d].hi
+    if ones is None or most * torch.finfo(dtype(n)).eps > 1:
+        return None
+    return x.select(x.exists(v, ones), x.from_int(x.apply(n.name, c, 1, most)), x.real(0))
+
+
+def _where_one(e: Expr) -> Expr | None:
+    """When a number that is always zero or one is one."""
+    leaves = list(x.cases(e)) if e.sort == x.REAL else []
+    if leaves and all(t in (x.real(0), x.real(1)) for _, t in leaves):
+        return x.disj(*(g for g, t in leaves if t is x.real(1)))
+    return x.equal(e, x.ONE) if e.sort == x.INT and 0 <= e.lo and e.hi <= 1 else None
 
 
 def _nonzero(e: Expr) -> Expr | None:
@@ -71,13 +91,23 @@ def _nonzero(e: Expr) -> Expr | None:
 
 @values("amax")
 def _amax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    """The maximum of data where a mask lets any through, -inf where it lets none."""
-    # In the logits a row maximum only shifts the row; its cases matter where scores are compared.
-    d = reduced_axis(n) if m is Mode.VALUE else None
-    if d is None or not is_real(n):
+    return largest(r, n, c, m)
+
+
+def largest(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Element `c` of the values of the maximum `n`. Of zeros and ones: one where there is one. Of data where a mask lets any through:
+    -inf where it lets none."""
+    d = reduced_axis(n)
+    if d is None:
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "max")
-    leaves = list(x.cases(r.read(n.args[0], q, m)))
+    found = r.read(n.args[0], q, Mode.VALUE)
+    ones = _where_one(found)
+    if ones is not None:
+        some = x.exists(v, ones)
+        return x.select(some, x.ONE, x.ZERO) if found.sort == x.INT else x.select(some, x.real(1), x.real(0))
+    # In the logits a row maximum only shifts the row; its cases matter where scores are compared.
+    leaves = list(x.cases(found)) if found.sort == x.REAL and m is Mode.VALUE else []
     constants = {e.args[0] for _, e in leaves if e.op == "const"}
     if constants != {-math.inf}:
         return None
