@@ -32,12 +32,13 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
     queries = [s for s in reversed(chain(r, *raw.q)) if s.node in replaceable and raw.d in s.coords]
     temperatures = tuple(choose(r, f, raw.q[0], replaceable) for f in raw.factors)
     heads_wrong = None
-    found = False
+    found = counted = False
     for b, h, i in _assignments(raw, rows):
         size = {o: s for o, s in zip(anchor.coords, anchor.sizes)}
         hq = x.constant(size.get(h, x.ONE)) if h is not x.ZERO else 1
         if hq is None:
             continue
+        counted = True
         bs, ns = (size[o] if o is not x.ZERO else x.ONE for o in (b, i))
         dv = size[raw.value_dim]
         for ks, vs in itertools.product(keys, vals):
@@ -74,6 +75,8 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
             else:
                 raise Refusal(ReasonKind.OPERANDS, "the queries have no view as (batch, heads, queries, head dim)")
     if not found:
+        if not counted:
+            raise Refusal(ReasonKind.SHAPE, "the number of heads is dynamic")
         if heads_wrong is not None:
             raise Refusal(ReasonKind.HEAD_MAP, f"query head h reads key/value head {x.show(heads_wrong)}, which is not h // G")
         raise _different_places(r, raw)

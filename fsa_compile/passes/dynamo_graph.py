@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 CUT_TARGETS = frozenset(
     "linear conv1d conv2d conv3d embedding layer_norm group_norm batch_norm rms_norm cross_entropy".split()
 )
-"""Calls that neither attention nor its masks look through: their results are inputs of the shadow."""
+"""Calls that neither attention nor its masks look through (see `is_cut`): their results are inputs of the shadow."""
 
 SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention flex_attention exp".split())
 MODE_SWITCHES = (
@@ -42,6 +42,19 @@ def target_name(n: Node) -> str:
     if n.op != "call_function":
         return ""
     return getattr(n.target, "__name__", str(n.target)).split(".")[0]
+
+
+def is_cut(n: Node) -> bool:
+    """Whether neither attention nor its masks look through a call: its result is an input of the shadow.
+
+    A plain embedding of rows that the graph computes is a gather of blocks, and is looked through.
+    """
+    if target_name(n) not in CUT_TARGETS or not isinstance(value(n), torch.Tensor):
+        return False
+    options = (*n.args[2:], *(v for name, v in n.kwargs.items() if name not in ("input", "weight")))
+    tables = (a for a in n.all_input_nodes if isinstance(t := value(a), torch.Tensor) and t.is_floating_point())
+    plain = target_name(n) == "embedding" and all(option is None or option is False for option in options)
+    return not (plain and all(is_call(a) for a in tables))
 
 
 def is_call(n: Node) -> bool:

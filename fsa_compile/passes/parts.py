@@ -103,7 +103,7 @@ def _cuts(n: Node) -> bool:
         return True
     if dg.is_higher_order(n):
         return not dg.is_flex(n)
-    return dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor)
+    return dg.is_cut(n)
 
 
 def _below_softmaxes(gm: GraphModule, cuts: set[Node]) -> list[Node]:

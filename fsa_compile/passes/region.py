@@ -146,7 +146,7 @@ def is_root(n: Node) -> bool:
         return True
     if dg.is_higher_order(n):
         return "flex_attention" not in dg.target_name(n)  # attention of its own, which may be a site
-    return dg.target_name(n) in dg.CUT_TARGETS and isinstance(dg.value(n), torch.Tensor)
+    return dg.is_cut(n)
 
 
 def _graph_of(inputs: Iterable[Node], nodes: Iterable[Node], result: Node) -> Graph:

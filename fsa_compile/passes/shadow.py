@@ -87,6 +87,8 @@ class _Recorder(fx.Interpreter):
         call = flex_call(n)
         if call is not None:
             return self._flex(call)
+        if dg.target_name(n) == "scaled_dot_product_attention":
+            _one_length(n)
         if dg.target_name(n) in dg.CONTRACTIONS and isinstance(dg.value(n), torch.Tensor):
             return self._contract(n, dg.value(n).dtype)  # type: ignore[union-attr]
         return super().run_node(n)
@@ -120,6 +122,14 @@ class _Recorder(fx.Interpreter):
             if isinstance(r, torch.Tensor):
                 self.made.append((n, r))
         return tuple(t for _, t in self.made)
+
+
+def _one_length(n: Node) -> None:
+    """Guards that keys and values of an SDPA have one length where both are dynamic. Eager raises if they have not, and the fake
+    function does not look: the guard holds wherever the model runs."""
+    k, v = (dg.value(n.args[place] if len(n.args) > place else n.kwargs[name]) for place, name in ((1, "key"), (2, "value")))
+    if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+        bool(k.shape[-2] == v.shape[-2])
 
 
 def trace(gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> Shadow | None:

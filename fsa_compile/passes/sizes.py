@@ -27,6 +27,7 @@ class Sizes:
         self._memo: dict[Any, Expr] = {}
         self._env: Any = None
         self._assumptions: list[Expr] | None = None
+        self._equal: dict[Any, Any] | None = None
 
     def of(self, size: int | torch.SymInt) -> Expr:
         """`size` as an integer expression."""
@@ -53,6 +54,7 @@ class Sizes:
         if self._assumptions is None:
             relations = [g.expr for g in self._env.guards]
             formulas = [self._relation(s) for s in relations if isinstance(s, sympy.core.relational.Relational)]
+            formulas += [self._within(s) for s in self._equalities()]
             self._assumptions = [f for f in formulas if f is not x.TRUE]
         return self._assumptions
 
@@ -70,10 +72,29 @@ class Sizes:
             return x.less(b, a)
         return x.at_least(b, a) if isinstance(s, sympy.Le) else x.less(a, b) if isinstance(s, sympy.Lt) else x.TRUE
 
+    def _within(self, s: Any) -> Expr:
+        """The bounds of a symbol that another expression stands for."""
+        bounds, e = self._env.bound_sympy(s), self._translate(s)
+        lo, hi = _bound(bounds.lower), _bound(bounds.upper)
+        above = x.TRUE if math.isinf(lo) else x.at_least(e, x.integer(int(lo)))
+        return above if math.isinf(hi) else x.conj(above, x.at_least(x.integer(int(hi)), e))
+
+    def _equalities(self) -> dict[Any, Any]:
+        """The symbols that guards make equal to something else, so that keys and values of inputs with lengths of their own have
+        one length: ``s2 == 4 * (s1 // 4)`` where both are made of ``s1 // 4`` blocks."""
+        if self._equal is None:
+            self._equal = {}
+            for relation in [g.expr for g in self._env.guards if isinstance(g.expr, sympy.Eq)]:
+                a, b = (self._env.replace(e).xreplace(self._equal) for e in relation.args)
+                symbol, other = (a, b) if a.is_Symbol else (b, a)
+                if symbol.is_Symbol and symbol not in other.free_symbols:
+                    self._equal = {s: e.xreplace({symbol: other}) for s, e in self._equal.items()} | {symbol: other}
+        return self._equal
+
     def _translate(self, s: Any) -> Expr:
         r = self._memo.get(s)
         if r is None:
-            r = self._memo[s] = self._translate_new(s)
+            r = self._memo[s] = self._translate_new(s.xreplace(self._equalities()))
         return r
 
     def _translate_new(self, s: Any) -> Expr:
@@ -113,7 +134,7 @@ class Sizes:
     def _divisor(self, s: Any) -> int:
         """The largest number that guards say divides the symbol `s`."""
         c = 1
-        for relation in [g.expr for g in self._env.guards] if s.is_Symbol else []:
+        for relation in [g.expr.xreplace(self._equalities()) for g in self._env.guards] if s.is_Symbol else []:
             for a, b in (relation.args, relation.args[::-1]) if isinstance(relation, sympy.Eq) else ():
                 c = math.lcm(c, _even(s, a, b))
         return c

@@ -30,7 +30,8 @@ DIFFERENT = 1e-3
 
 NEGLIGIBLE = 0.05
 """A tensor with a smaller norm than this share of the largest has no digits of its own: the gradient of the bias of all keys,
-for one, is zero but for rounding."""
+for one, is zero but for rounding. A single number, such as the gradient of a temperature, sums over everything and most of that
+cancels: it has the digits of the largest tensor."""
 
 Outcome = dict[str, Tensor | None]
 
@@ -119,7 +120,7 @@ def difference(a: Outcome, b: Outcome) -> tuple[float, str]:
     """
     worst, where = 0.0, ""
     norms = [float(value.double().nan_to_num(0.0, 0.0, 0.0).norm()) for value in a.values() if value is not None]
-    floor = NEGLIGIBLE * max(norms)
+    largest = max(norms)
     for name in a.keys() | b.keys():
         left, right = a.get(name), b.get(name)
         if left is None and right is None:
@@ -130,8 +131,8 @@ def difference(a: Outcome, b: Outcome) -> tuple[float, str]:
         if left.shape != right.shape or not torch.equal(left.isfinite(), right.isfinite()):
             return float("inf"), name
         left, right = left.nan_to_num(0.0, 0.0, 0.0), right.nan_to_num(0.0, 0.0, 0.0)
-        distance = (left - right).norm()
-        error = float(distance / torch.maximum(left.norm(), right.norm()).clamp(min=floor))
+        floor = largest if left.numel() == 1 else NEGLIGIBLE * largest
+        error = float((left - right).norm() / torch.maximum(left.norm(), right.norm()).clamp(min=floor))
         if error > worst:
             worst, where = error, name
     return worst, where

@@ -39,7 +39,9 @@ class Judgement:
     owed: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        return f"{self.fault}: {self.detail}\n\n{self.model!r}"
+        slip = f" --slip {self.model.mutant}" if self.model.mutant else ""
+        again = f'python benchmarks/fuzz.py --shrink --replay "{dict(self.model.trail)}"{slip}'
+        return f"{self.fault}: {self.detail}\n\n{self.model!r}\n\nMade plain by:\n{again}"
 
 
 def judge(model: Model, seed: int = 0) -> Judgement:

@@ -54,18 +54,34 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"
     ),
-    Refusal({"window.form": "chunks", "dynamic": "mark"}, "window", "operands: the keys that the logits see"),
-    Refusal({"selected.form": "gather", "selected.gather": "embedding"}, "selected", "operands: the keys that the logits see"),
-    Refusal({"*.product": "sdpa", "dynamic": "mark"}, "selected", "operands: the keys that the logits see"),
-    Refusal({"*.product": "sdpa", "dynamic": "all"}, "selected", "shape: the head dimension is dynamic"),
-    Refusal({"dynamic": "all", "entry": "heads"}, "window", "operands: the keys that the logits see"),
+    # The table of rows that are gathered is as long as all blocks of all heads, and no guard says what that has to do with keys.
+    Refusal(
+        {"selected.form": "gather", "selected.gather": "embedding", "dynamic": ("mark", "all")},
+        "selected",
+        "operands: the keys that the logits see",
+    ),
     # Keys and values of two inputs, each with a length of its own, meet in no op that checks them before the attention.
     Refusal(
         {"dynamic": "mark", "entry": "heads", "compressed.kind": "avg_pool"}, "compressed", "operands: the keys that the logits see"
     ),
-    Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "operands: the keys that the logits see"),
-    Refusal({"dynamic": "all", "selected.scores": "list"}, "selected", "operands: the keys that the logits see"),
-    Refusal({"dynamic": "mark", "selected.form": "gather"}, "selected", "operands: the keys that the logits see"),
+    # Heads of inputs have no number when all sizes are dynamic, and the ops want to know which heads share keys.
+    Refusal(
+        {"dynamic": "all", "entry": "heads", "selected.scores": ("list", "input")}, "selected", "shape: the number of heads is dynamic"
+    ),
+    Refusal({"dynamic": "all", "entry": "heads", "selected.product": "sdpa"}, "selected", "shape: the head dimension is dynamic"),
+    Refusal({"dynamic": "all", "entry": "heads"}, "window", "shape: the number of heads is dynamic"),
+    Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "shape: the number of heads is dynamic"),
+    # Scores from outside have a number of blocks of their own. That no block lies behind the keys is then not known, so a query
+    # may see none; that matters where its row has to be known, and where blocks are gathered.
+    *(
+        Refusal({"dynamic": ("mark", "all"), "selected.scores": "input", "selected.rule": ("listed", "diagonal")} | others, "selected", reason)
+        for others, reason in (
+            ({"selected.form": "gather"}, "operands: a visible key lies outside the keys"),
+            ({"selected.apply": ("additive", "additive_where", "penalty")}, "gradient: a query may see no key"),
+            ({"selected.softmax": ("by_hand", "by_hand_max", "logsumexp", "log_softmax")}, "gradient: a query may see no key"),
+            ({"selected.product": "sdpa", "selected.attn_mask": ("float", "float_where"), "selected.fill": "-1e9"}, "gradient: "),
+        )
+    ),
 )
 
 

@@ -6,11 +6,11 @@ from fuzz.model import SEVERAL_BRANCHES
 from fuzz.strategies import fuzz
 
 
-@pytest.mark.parametrize("chunk", range(6))
+@pytest.mark.parametrize("chunk", range(9))
 def test_one_branch(chunk):
-    fuzz(("window", "compressed"), chunk, models=8)
+    fuzz(("window", "compressed"), chunk, models=12)
 
 
-@pytest.mark.parametrize("chunk", range(3))
+@pytest.mark.parametrize("chunk", range(4))
 def test_several_branches(chunk):
-    fuzz(SEVERAL_BRANCHES, 100 + chunk, models=4)
+    fuzz(SEVERAL_BRANCHES, 100 + chunk, models=12)

@@ -31,6 +31,14 @@ FOUND: dict[str, dict[str, Option]] = {
         "selected.rule": "listed",
         "selected.product": "sdpa",
     },
+    "an embedding of computed rows was not looked through": {"selected.form": "gather", "selected.gather": "embedding"},
+    "guards that make two lengths equal were not used": {"selected.form": "gather", "dynamic": "mark"},
+    "the fake SDPA does not compare the lengths of keys and values": {"selected.product": "sdpa", "dynamic": "mark"},
+    "an entry at a pinned coordinate was not found in the user's list": {
+        "selected.padding": "minus",
+        "selected.unused": "score",
+        "selected.membership": "index_put",
+    },
     "n == 4 * (n // 4) did not say that 4 divides n": {
         "entry": "projections",
         "dynamic": "mark",

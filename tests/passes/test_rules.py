@@ -179,6 +179,10 @@ MOVED = (
     case("index_select", lambda t, i: t.index_select(-1, i), B, ints(6, hi=4)),
     case("index_select with a scalar", lambda t, i: t.index_select(0, i), B, torch.tensor(1)),
     case("embedding", lambda t, i: F.embedding(i, t), B, ints(2, 5, hi=3)),
+    case("embedding with a row that has no gradient", lambda t, i: F.embedding(i, t, 1), B, ints(2, 5, hi=3), leaf=True),
+    case(
+        "embedding with another gradient", lambda t, i: F.embedding(i, t, scale_grad_by_freq=True), B, ints(2, 5, hi=3), leaf=True
+    ),
     case("index, separated tensors go in front", lambda t, i, j: t[i, :, j], A, ints(4, lo=-2, hi=2), ints(3, 1, hi=4)),
     case("index, adjacent tensors stay", lambda t, i, j: t[:, i, j], A, ints(4, lo=-3, hi=3), ints(3, 1, hi=4)),
     case("index, adjacent at the end", lambda t, i, j: t[..., i, j], A, ints(4, hi=4), ints(3, 1, lo=-5, hi=5)),

@@ -299,6 +299,8 @@ def _index_select(r: Reader, n: Node, c: Coords) -> Move | None:
 
 @moves("embedding")
 def _embedding(r: Reader, n: Node, c: Coords) -> Move | None:
+    if argument(n, 2, "padding_idx", -1) != -1 or argument(n, 3, "scale_grad_by_freq", False):
+        return None  # rows with another gradient
     return Move(n.args[0], (r.read(n.args[1], c[:-1]), c[-1]))
 
 

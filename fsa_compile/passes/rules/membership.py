@@ -151,8 +151,9 @@ def _index_put(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         v = x.as_var(e)
         if v is not None and any(v is x.as_var(s) for s in slots) and v not in pinned:
             pinned[v] = c[k]
-    body = x.conj(*(x.in_range(q, v.args[1]) for v, q in pinned.items()))
-    body = x.conj(body, *(x.substitute(x.equal(e, c[k]), pinned) for k, e in entries))
+    here = tuple(x.substitute(s, pinned) for s in slots)  # read again there, so that the user's own list is known by its coordinates
+    entries = [(k, wrap(r.read(i, r.align(i, here)), r.shape(source)[k])) for k, i in given]
+    body = x.conj(*(x.in_range(q, v.args[1]) for v, q in pinned.items()), *(x.equal(e, c[k]) for k, e in entries))
     for s in slots:
         v = x.as_var(s)
         if v is not None and v not in pinned:
