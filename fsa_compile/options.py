@@ -35,7 +35,8 @@ class Options:
         profit: ``"auto"`` refuses a rewrite that is expected to be slower than the user's code, ``"always"`` does not ask.
         selection: ``"fused"`` replaces the scores and the top-k that choose blocks, where they are proven to rank as
             `fsa::select_blocks` does; ``"keep"`` leaves them to the model.
-        proof_seconds: Seconds for all proofs of one graph; a site for which none are left is refused as undecided.
+        proof_seconds: Seconds for all proofs of one graph, and for reading one site; a site for which none are left is refused as
+            undecided.
         differential: Compare each rewritten region with its op on made-up data, in float64, while compiling. The environment
             variable ``FSA_DIFFERENTIAL`` sets the default.
         verify: Compare the first call of each rewritten graph with eager, forward and gradients, and raise if they differ.

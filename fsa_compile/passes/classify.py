@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,41 +63,74 @@ def classify(
 
     Raises:
         Refusal: The most telling reason if none is proven.
+        TimeSpent: If the time limit ends before there is any reason.
     """
     p = dropout_between(site.softmax)
     if p:
         raise Refusal(ReasonKind.DROPOUT, f"dropout with p = {p:g} on the probabilities")
     refusals: list[Refusal] = []
     first: FormView | None = None
-    left: Match | None = None
-    for form in lift(r, site.softmax, site.contraction, replaceable):
-        view = FormView(form, r)
-        first = first or view
-        for pattern in patterns:
-            try:
-                for candidate in pattern.match(view):
-                    try:
-                        proofs = pattern.check(view, candidate, prover)
-                        more, empty = _empty_rows(view, candidate, prover, needs_grad)
-                        match = Match(pattern, candidate, form, proofs + more, empty)
-                        if pattern.rewrites or form.visible is not x.TRUE:
-                            return match
-                        left = left or match
-                    except Refusal as refusal:
-                        refusal.fitted = bool(candidate.parameters)
-                        refusals.append(refusal)
-            except Refusal as refusal:  # a pattern that knows better while proposing
-                refusals.append(refusal)
-            except DataDependent as unknown:
-                refusals.append(runtime_mask.needed(view, unknown.expression))
-        if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
-            break
-    if left is not None:
-        return left
+    left: list[Match] = []
+    asked: set[tuple[object, ...]] = set()
+    try:
+        for form in lift(r, site.softmax, site.contraction, replaceable):
+            question = _question(form)
+            if question in asked:
+                continue
+            asked.add(question)
+            view = FormView(form, r)
+            first = first or view
+            match = _first_proven(view, patterns, prover, needs_grad, refusals, left)
+            if match is not None:
+                return match
+            if prover.spent > prover.seconds or any(r_.reason.kind in FINAL for r_ in refusals):
+                break
+    except x.TimeSpent:
+        if not refusals and not left:
+            raise
+    if left:
+        return left[0]
     best = max(refusals, key=_telling, default=None)
     if first is not None and first.data_dependent() and (best is None or best.reason.kind in MASKS):
         raise runtime_mask.outsider(first) or best or runtime_mask.unrecognised(first)
     raise best or Refusal(ReasonKind.MASK, "no registered pattern has this visibility")
+
+
+def _question(form: AttentionForm) -> tuple[object, ...]:
+    """What is asked of the patterns: a form that differs in the depth of its operands alone has the same answer."""
+    depths = ("output", "output_layout", "q", "k", "v")
+    return tuple(getattr(form, f.name) for f in dataclasses.fields(form) if f.name not in depths)
+
+
+def _first_proven(
+    view: FormView, patterns: Sequence[Pattern], prover: Prover, needs_grad: bool, refusals: list[Refusal], left: list[Match]
+) -> Match | None:
+    """The first pattern that is proven for one form.
+
+    Args:
+        view: The form.
+        patterns, prover, needs_grad: As in `classify`.
+        refusals: Learns why other patterns are not.
+        left: Learns what is full attention in this form, and may be something else in another.
+    """
+    for pattern in patterns:
+        try:
+            for candidate in pattern.match(view):
+                try:
+                    proofs = pattern.check(view, candidate, prover)
+                    more, empty = _empty_rows(view, candidate, prover, needs_grad)
+                    match = Match(pattern, candidate, view.form, proofs + more, empty)
+                    if pattern.rewrites or view.form.visible is not x.TRUE:
+                        return match
+                    left.append(match)
+                except Refusal as refusal:
+                    refusal.fitted = bool(candidate.parameters)
+                    refusals.append(refusal)
+        except Refusal as refusal:  # a pattern that knows better while proposing
+            refusals.append(refusal)
+        except DataDependent as unknown:
+            refusals.append(runtime_mask.needed(view, unknown.expression))
+    return None
 
 
 MASKS = (ReasonKind.MASK, ReasonKind.RUNTIME_MASK)

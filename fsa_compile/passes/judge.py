@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from ..options import Options
 from ..registry.registry import patterns as registered
 from ..report import Proof, Reason, ReasonKind, Selection, Site, Verdict
 from . import dynamo_graph as dg
+from . import expr as x
 from .buffers import Buffer, Buffers
 from .classify import Match, classify
 from .legality import Placement, Surroundings, needs_grad, place
@@ -24,6 +26,8 @@ from .refusal import Refusal
 from .shadow import Shadow, dynamo_node
 from .sites import SiteNodes, find_sites, unmatched_weights
 
+LEAST_SHARE = 0.1
+"""Of the time for proofs: what each site gets, however long others took."""
 UNROLLED = 8
 """From so many sites on one line of one module on, a loop is unrolled."""
 
@@ -90,6 +94,8 @@ class Judge:
         self.r, self.shadow, self.buffers, self.options = r, shadow, buffers, options
         self.surroundings = Surroundings(graph, modes)
         self.prover = Prover(r, options.proof_seconds)
+        self.in_vain = 0.0
+        """Seconds that went into sites that are not rewritten."""
         self.patterns = [p for p in registered() if not _disabled(p.name, options)]
 
     def judge(self, groups: Sequence[Repeated]) -> list[Judged]:
@@ -129,7 +135,23 @@ class Judge:
             yield blank.refuse(Reason(ReasonKind.UNROLLED_LOOP, text))
 
     def _judge(self, blank: Judged, nodes: SiteNodes) -> Judged:
-        """The verdict on one site."""
+        """The verdict on one site. All sites that come to nothing share the time for proofs; each gets at least a share of it."""
+        start = time.thread_time()
+        try:
+            with x.time_limit(max(self.options.proof_seconds - self.in_vain, LEAST_SHARE * self.options.proof_seconds)):
+                judged = self._verdict(blank, nodes)
+        except (x.TimeSpent, RecursionError) as spent:
+            if isinstance(spent, x.TimeSpent):
+                text = f"not decided in time: which keys are seen takes longer to read than options['proof_seconds'] allow"
+            else:
+                text = "not decided: which keys are seen depends on too many steps, each within the one before"
+            judged = replace(blank, site=_refused(blank.site, Refusal(ReasonKind.UNDECIDED, text)))
+        if judged.match is None and judged.site.verdict is not Verdict.LEFT:
+            self.in_vain += time.thread_time() - start
+        return judged
+
+    def _verdict(self, blank: Judged, nodes: SiteNodes) -> Judged:
+        """The verdict on one site, in whatever time it takes."""
         site = blank.site
         try:
             grad = needs_grad(self.shadow, nodes.contraction)
@@ -147,6 +169,8 @@ class Judge:
             return replace(blank, site=_refused(site, refusal))
         except Unreadable as fault:
             return replace(blank, site=_refused(site, Refusal(ReasonKind.NOT_ATTENTION, f"not understood: {fault}")))
+        except (x.TimeSpent, RecursionError):
+            raise
         except Exception as fault:
             if self.options.strict:
                 raise

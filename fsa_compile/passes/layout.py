@@ -105,11 +105,13 @@ def find_layout(
                 return None
             dims.append(())
             continue
+        # An axis that the coordinate does not depend on is none of its axes; one of size one adds nothing to it.
+        inside = [k for k in sorted(left) if targets[k] is not x.ZERO and targets[k].free <= c.free]
         held = next(
             (
                 order
                 for count in (2, 3)
-                for order in itertools.permutations(sorted(left), count)
+                for order in itertools.permutations(inside, count)
                 if _product(order, sizes) is extent and _row_major(order, targets, sizes) is c
             ),
             None,

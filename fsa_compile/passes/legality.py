@@ -98,7 +98,7 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
     _one_mask(r.nodes[form.softmax])
     q, k, v, *temperatures = (first(o.node) for o in (form.q, form.k, form.v, *form.temperatures))
     blocks = tuple(_list_tensors(r, shadow, match))
-    data = {name: _holder(r, shadow, name) for name in sorted(_data_names(blocks))}
+    data = {name: _holder(r, shadow, name) for name in sorted(_data_names(r, blocks))}
     return Placement(output, q, k, v, tuple(temperatures), blocks, data)
 
 
@@ -193,12 +193,18 @@ class _Held:
         return out
 
 
-def _data_names(blocks: Iterable[ListTensor]) -> set[str]:
+MOST_ENTRIES = 4096
+"""With so many entries a block may be compared where the model's own graph holds no tensor of the results."""
+
+
+def _data_names(r: Reader, blocks: Iterable[ListTensor]) -> set[str]:
     """The shadow nodes that the block list reads."""
     names: set[str] = set()
     for t in (t for segment in blocks for t in x.walk(segment.entry)):
         if t.op not in _EVALUABLE:
             raise Refusal(ReasonKind.MASK, f"the block list holds {t.op}, which the rewrite cannot compute")
+        if t.op == "exists" and not (r.sizes.known(t.args[0].args[1]) and r.sizes.hint(t.args[0].args[1]) <= MOST_ENTRIES):
+            raise Refusal(ReasonKind.MASK, "each block would have to be compared with the entries of all queries")
         if t.op in ("apply", "predicate", "load", "softmax"):
             names.add(str(t.args[0]))
     return names

@@ -16,7 +16,8 @@ from .attention_form import AttentionForm
 from .cut import cut
 from .expr import Expr
 from .nodes import op_name, rank
-from .normal_form import Anchor, normal_form
+from .normal_form import Anchor, NormalForm, normal_form
+from .operands import chain
 from .reader import Reader
 from .refusal import Refusal
 
@@ -40,19 +41,42 @@ def lift(r: Reader, softmax: Node, contraction: Node, replaceable: frozenset[Nod
         Refusal: If no candidate exists.
     """
     refusals: list[Refusal] = []
+    nearer: list[Refusal] = []
     found = False
     for anchor in _anchors(r, contraction, replaceable):
+        raw = None
         try:
             raw = normal_form(r, softmax, contraction, anchor)
             for form in cut(r, softmax, anchor, raw, replaceable):
                 found = True
                 yield form
         except Refusal as refusal:
-            refusals.append(refusal)
+            if raw is None:
+                refusals.append(refusal)
+            else:
+                nearer.append(_the_same_for_all(r, raw) or refusal)
     if not found:
-        if refusals:
-            raise refusals[0]
+        for refusal in (*nearer, *refusals):
+            raise refusal
         raise Refusal(ReasonKind.SHAPE, "the output has no view as (batch, heads, queries, values)")
+
+
+def _the_same_for_all(r: Reader, raw: NormalForm) -> Refusal | None:
+    """The refusal of keys that are gathered by picks of which nothing is left further down: picks along an axis of copies."""
+    jv = x.as_var(raw.j)
+    steps = chain(r, *raw.k)
+    at = [c for c in steps[-1].coords if jv in c.free]
+    if any(len(c.free) > 1 for c in at) or any(map(_picked, steps[-1].coords)):
+        return None
+    if not any(_picked(c) for s in steps for c in s.coords):
+        return None
+    text = "whatever was picked, all queries see the same keys: the gather runs along an axis of copies"
+    return Refusal(ReasonKind.MASK, text)
+
+
+def _picked(c: Expr) -> bool:
+    """Whether run-time values decide a coordinate."""
+    return any(t.op == "apply" for t in x.walk(c))
 
 
 def _anchors(r: Reader, n: Node, replaceable: frozenset[Node]) -> Iterator[Anchor]:

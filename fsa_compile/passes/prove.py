@@ -77,8 +77,14 @@ class Prover:
         given: Expr = x.TRUE,
         terms: Sequence[Expr] = (),
         facts: Sequence[Expr] = (),
+        beyond: Expr | None = None,
     ) -> Proof:
         """`prove`, or raise a refusal of that kind.
+
+        Args:
+            kind, text: Of the refusal.
+            obligation, goal, given, terms, facts: As in `prove`.
+            beyond: The key of which the obligation speaks, where that is not the form's: one that the model never sees.
 
         Raises:
             Refusal: Of kind `kind` if there is a counterexample, UNDECIDED if the solver gave up.
@@ -88,24 +94,25 @@ class Prover:
             return answer
         if isinstance(answer, Unknown):
             raise Refusal(ReasonKind.UNDECIDED, f"not decided in time ({obligation}): {answer.why}")
-        raise Refused(kind, text, answer)
+        raise Refused(kind, text, answer, beyond)
 
 
 class Refused(Refusal):
     """A refusal with the model that the solver found; `counterexample_of` puts it into the user's terms."""
 
-    def __init__(self, kind: ReasonKind, text: str, model: Model) -> None:
+    def __init__(self, kind: ReasonKind, text: str, model: Model, beyond: Expr | None = None) -> None:
         super().__init__(kind, text)
-        self.model = model
+        self.model, self.beyond = model, beyond
 
 
-def counterexample_of(view: FormView, model: Model, op: str) -> Counterexample:
+def counterexample_of(view: FormView, model: Model, op: str, beyond: Expr | None = None) -> Counterexample:
     """A solver model as query, key, head and batch row.
 
     Args:
         view: The form whose coordinates the model gives values to.
         model: The values.
         op: The rule that was tried.
+        beyond: A key that the model does not see, if the counterexample is about one.
     """
     form = view.form
 
@@ -113,9 +120,9 @@ def counterexample_of(view: FormView, model: Model, op: str) -> Counterexample:
         v = x.as_var(e)
         return model.values.get(v, 0) if v is not None else (x.constant(e) or 0)
 
-    key = value(form.j)
+    key = value(form.j if beyond is None else beyond)
     try:
-        sees = view.sees(value(form.i), key)
+        sees = beyond is None and view.sees(value(form.i), key)
     except Exception:  # data-dependent: the solver chose the data
         sees = True
     return Counterexample(

@@ -25,6 +25,7 @@ class Sizes:
         self.hints: dict[str, int] = {}
         self.symbols: dict[str, Any] = {}
         self._memo: dict[Any, Expr] = {}
+        self._unbacked: set[str] = set()
         self._env: Any = None
         self._assumptions: list[Expr] | None = None
         self._equal: dict[Any, Any] | None = None
@@ -46,6 +47,10 @@ class Sizes:
         from .evaluate import at_point
 
         return int(at_point(e, {}, self.hints))
+
+    def known(self, e: Expr) -> bool:
+        """Whether a size is a number of the shapes that go in; others, such as how many elements are nonzero, data decide."""
+        return not any(t.op == "size" and str(t.args[0]) in self._unbacked for t in x.walk(e))
 
     def assumptions(self) -> list[Expr]:
         """What Dynamo has guarded about sizes, such as divisibility: it holds whenever the compiled code runs."""
@@ -123,6 +128,8 @@ class Sizes:
         lo, hi = _bound(bounds.lower), _bound(bounds.upper)
         values = self._env.backed_var_to_val if hasattr(self._env, "backed_var_to_val") else self._env.var_to_val
         value = s.xreplace(values)
+        if value.free_symbols:
+            self._unbacked.add(symbol)
         # Without a hint (unbacked) any value does: hints steer proposals, proofs never see them.
         self.hints[symbol] = (int(value) if value.is_Integer else max(UNBACKED, 0 if math.isinf(lo) else int(lo))) // c
         if not math.isinf(lo):

@@ -33,7 +33,7 @@ def prove_candidate(view: FormView, candidate: Candidate, prover: Prover) -> tup
             return _gathered(view, candidate, prover)
         return _shifted(view, candidate, prover)
     except Refused as refusal:
-        refusal.counterexample = counterexample_of(view, refusal.model, str(candidate))
+        refusal.counterexample = counterexample_of(view, refusal.model, str(candidate), refusal.beyond)
         raise
 
 
@@ -54,7 +54,7 @@ def _dense(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Proof,
     p = x.var("p", form.keys)
     rest = prover.require(
         ReasonKind.OPERANDS, "the op would see keys that the model cut off", "no key beyond the softmax",
-        x.negate(candidate.visible(p)), given=x.at_least(p, form.width), terms=candidate.terms, facts=candidate.facts,
+        x.negate(candidate.visible(p)), given=x.at_least(p, form.width), terms=candidate.terms, facts=candidate.facts, beyond=p,
     )  # fmt: skip
     return proof, real, rest
 

@@ -178,7 +178,7 @@ class Selected(Pattern):
     def _from_mask(self, form: FormView) -> Iterator[Candidate]:
         """Memberships in lists, alone or joined with single blocks such as the query's own."""
         lists, singles = _memberships(form)
-        if not lists:
+        if not lists or any(self._is_no_list_of_a_query(form, segment, size) for segment, size in lists):
             yield from self._from_map(form)
             return
         sizes = {size for _, size in lists}
@@ -192,11 +192,17 @@ class Selected(Pattern):
         for parts in (segments, (*segments, *joined)) if joined else (segments,):
             yield from self._candidates(form, parts, block_size, {})
 
+    def _is_no_list_of_a_query(self, form: FormView, segment: Segment, block_size: int) -> bool:
+        """Whether a list has more slots than there are blocks, or as many as data decide: coordinates of all queries in a row."""
+        sizes, count = form.reader.sizes, slots(segment)
+        return not sizes.known(count) or x.as_var(form.query) in segment.valid.free and sizes.hint(count) * block_size > form.keys
+
     def _from_map(self, form: FormView) -> Iterator[Candidate]:
         """A truth value per query and block, however it came about: the list of all blocks, those that are false not counting."""
         jv = x.as_var(form.form.j)
         conditions = form.form.visible.args if form.form.visible.op == "and" else (form.form.visible,)
-        opaque = [c for c in conditions if any(jv in t.free for t in x.walk(c) if t.op in ("predicate", "compare", "apply", "load"))]
+        data = ("predicate", "compare", "apply", "load", "exists")
+        opaque = [c for c in conditions if any(jv in t.free for t in x.walk(c) if t.op in data)]
         divisors = {x.constant(t.args[1]) for c in opaque for t in x.walk(c) if t.op == "div" and jv in t.args[0].free}
         (block_size, *others) = divisors or {None}
         if others or block_size is None or block_size < 2:
@@ -206,7 +212,7 @@ class Selected(Pattern):
         mapping = {jv: x.plus(x.times(slot, block_size), offset)}
         listed = x.conj(*(x.substitute(c, mapping) for c in opaque))  # type: ignore[arg-type]
         if x.as_var(offset) not in listed.free:
-            yield from self._candidates(form, (Segment(slot, listed, slot),), block_size, {})
+            yield from self._candidates(form, (Segment(slot, listed, slot),), block_size, mapping)  # type: ignore[arg-type]
 
     def _from_gather(self, form: FormView) -> Iterator[Candidate]:
         """``key = block_size * list[slot] + offset``, perhaps clamped into range where it is masked."""
@@ -284,7 +290,7 @@ class Selected(Pattern):
             last = x.minus(form.form.width, block_size)
             witnesses = (*(x.plus(x.times(w, block_size), inside) for _, w in picks), x.ZERO, x.plus(last, inside))
         chosen = sum(form.reader.sizes.hint(slots(s)) for s in segments)
-        every = chosen == -(-form.keys // block_size) and not picks
+        every = any(_is_every_block(s) for s in segments)
         parameters = {
             "block_size": block_size, **({} if every else {"top_k": chosen}), "per": "kv head" if shared else "query head",
             **_offset(offset),
@@ -316,12 +322,17 @@ def slots(segment: Segment) -> Expr:
     return v.args[1] if v is not None else x.ONE
 
 
+def _is_every_block(segment: Segment) -> bool:
+    """Whether the list is that of all blocks, and only `valid` chooses."""
+    return segment.entry is segment.slot and x.as_var(segment.slot) is not None
+
+
 def _holds(segment: Segment, block: Expr) -> Expr:
     """Whether a segment of a list holds a block."""
     slot = x.as_var(segment.slot)
     if slot is None:
         return x.conj(segment.valid, x.equal(segment.entry, block))
-    if segment.entry is segment.slot:  # the list of all blocks
+    if _is_every_block(segment):
         return x.conj(x.in_range(block, slot.args[1]), x.substitute(segment.valid, {slot: block}))
     return x.exists(segment.slot, x.conj(segment.valid, x.equal(segment.entry, block)))
 

@@ -45,7 +45,7 @@ class BlockList:
         block_size: Keys per block.
         order: From a key position in a listed block to when the query sees it.
         per_query_head: Whether each query head has its own list (otherwise one per key/value head).
-        index: What the form's key index j is in terms of slots, where the spelling gathers keys.
+        index: What the form's key index j is in terms of slots, where the spelling gathers keys or has a map of all blocks.
     """
 
     segments: tuple[Segment, ...]

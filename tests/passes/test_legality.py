@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -179,6 +180,29 @@ def write_list(q: Tensor, k: Tensor, v: Tensor, after: bool = True) -> Tensor:
 
 def test_written_list_is_not_read_after_the_write() -> None:
     compiled_like_eager(write_list, qkv())
+
+
+def map_of_entries(q: Tensor, k: Tensor, v: Tensor, gone: bool) -> Tensor:
+    """Blocks put into a map by rows of coordinates, one for each pick of each query; the map is then overwritten."""
+    n, indices = k.shape[2], choose(q, k)
+    entry = torch.arange(indices.numel())
+    picked = torch.zeros(*indices.shape[:-1], n // BLOCK, dtype=torch.bool)
+    picked[0, entry // (n * TOP_K), entry // TOP_K % n, indices.flatten()] = True
+    i = torch.arange(n)
+    mask = picked[..., i // BLOCK] & (i[:, None] >= i)
+    if gone:
+        picked.zero_()
+    return (q @ k.mT * SCALE).masked_fill(~mask, -INF).softmax(-1).nan_to_num(0.0) @ v
+
+
+@pytest.mark.parametrize("n, gone, fires", [(LENGTH, True, True), (544, False, True), (544, True, False)])
+def test_a_list_of_all_queries_is_not_searched_for_each(n: int, gone: bool, fires: bool) -> None:
+    """The map is used where it still is; 4 * 544 * 2 entries are too many to be compared with each block of each query."""
+    report = compiled_like_eager(partial(map_of_entries, gone=gone), qkv(n))
+    if fires:
+        assert_rewritten(report, "selected")
+    else:
+        assert_refused(report, ReasonKind.MASK)
 
 
 # ------------------------------------------------------------------------------------------- gradients cut or changed

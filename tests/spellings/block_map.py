@@ -1,6 +1,6 @@
 """S1 without a list that the mask is read back to: one truth value per query and block, however it came about.
 
-Counts of a `scatter_add`, positions of tokens scattered one by one, a threshold on given scores, a mask that is applied to the
+Counts of a `scatter_add`, positions of tokens scattered one by one, entries put in by coordinates, a threshold on scores, a mask that is applied to the
 logits and to the probabilities, and causality from a cumulative sum.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .spelling import (
-    BATCH, BLOCK, GROUP, KV_HEADS, LENGTH, QKV, SCALE, Kind, Mutant, choose_blocks, interleave, keep, rolled, spell, tile,
+    BATCH, BLOCK, GROUP, KV_HEADS, LENGTH, QKV, SCALE, TOP_K, Kind, Mutant, choose_blocks, interleave, keep, rolled, spell, tile,
 )  # fmt: skip
 
 Comparison = Callable[[Tensor, Tensor], Tensor]
@@ -111,6 +111,68 @@ def cumulative_causality(
     return logits.softmax(-1) @ v.repeat_interleave(GROUP, 1)
 
 
+def threshold_of_own_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rank: int = TOP_K,
+    sees: Comparison = operator.ge,
+    above: Comparison = operator.ge,
+    head: int = 0,
+) -> Tensor:
+    """Blocks that score at least as high as the last of the best; ties let more through."""
+    n = k.shape[2]
+    i = torch.arange(n)
+    scores = q.unflatten(1, (KV_HEADS, GROUP)).mean(2) @ k.unflatten(2, (-1, BLOCK)).mean(3).mT
+    own = (i // BLOCK)[:, None]
+    blocks = torch.arange(n // BLOCK)
+    scores = scores.masked_fill(blocks > own, float("-inf")).masked_fill(blocks == own, float("inf"))
+    chosen = above(scores, scores.topk(rank).values[..., -1:]).roll(head, 1)
+    visible = (chosen.repeat_interleave(BLOCK, -1) & sees(i[:, None], i)).repeat_interleave(GROUP, 1)
+    logits = (q @ k.repeat_interleave(GROUP, 1).mT * SCALE).masked_fill(~visible, float("-inf"))
+    return logits.softmax(-1).nan_to_num(0.0) @ v.repeat_interleave(GROUP, 1)
+
+
+def reversed_entries(index: Tensor) -> Tensor:
+    """(entries,) from the last to the first."""
+    return index.flip(0)
+
+
+def entries_that_count(
+    q: Tensor, k: Tensor, v: Tensor, *, limit: Comparison = operator.le, entries: Change = keep, at: Change = keep, block: int = BLOCK
+) -> Tensor:
+    """The picks that are not in the future, found by `torch.where`: how many there are, data decide. Put into a map one by one."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, block=block, force_own=True)
+    i = torch.arange(n)
+    counts = limit(indices, (i // block)[:, None])
+    batch, head, query, slot = torch.where(counts)
+    picked = torch.zeros(*indices.shape[:-1], n // block, dtype=torch.bool)
+    picked[batch, head, at(query), entries(indices)[counts]] = True
+    visible = (picked.repeat_interleave(block, -1) & (i[:, None] >= i)).repeat_interleave(GROUP, 1)
+    logits = (q @ k.repeat_interleave(GROUP, 1).mT * SCALE).masked_fill(~visible, float("-inf"))
+    weights = logits.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return weights @ v.repeat_interleave(GROUP, 1)
+
+
+def flat_entries(
+    q: Tensor, k: Tensor, v: Tensor, *, per: int = 1, block: int = BLOCK, sees: Comparison = operator.ge, head: int = 0
+) -> Tensor:
+    """One row of coordinates for each pick of each query, as sparse formats have them, put into a map."""
+    n = k.shape[2]
+    indices = choose_blocks(q, k, block=block, force_own=True)
+    b, h, _, t = indices.shape
+    entry = torch.arange(b * h * n * t)
+    query = entry // (per * t) % n
+    picked = torch.zeros(b, h, n, n // block, dtype=torch.bool)
+    picked[entry // (h * n * t), (entry // (n * t) + head) % h, query, indices.flatten()] = True
+    i = torch.arange(n)
+    visible = (picked[..., i // block] & sees(i[:, None], i)).repeat_interleave(GROUP, 1)
+    logits = (q @ k.repeat_interleave(GROUP, 1).mT * SCALE).masked_fill(~visible, float("-inf"))
+    return logits.softmax(-1).nan_to_num(0.0) @ v.repeat_interleave(GROUP, 1)
+
+
 WITH_SCORES = (*QKV, (BATCH, KV_HEADS, LENGTH, LENGTH // BLOCK))
 
 SPELLINGS = (
@@ -147,6 +209,30 @@ SPELLINGS = (
         Mutant("rolled values", {"values": rolled}),
         Mutant("softmax over queries", {"axis": -2}, must_refuse=True),
         shapes=WITH_SCORES,
+    ),
+    spell(
+        threshold_of_own_scores,
+        Kind.S1,
+        Mutant("one block fewer", {"rank": TOP_K - 1}),
+        Mutant("strict causality", {"sees": operator.gt}),
+        Mutant("higher than the last", {"above": operator.gt}),
+        Mutant("heads exchanged", {"head": 1}),
+    ),
+    spell(
+        entries_that_count,
+        Kind.S1,
+        Mutant("the own block does not count", {"limit": operator.lt}),
+        Mutant("entries of the query before", {"entries": rolled}),
+        Mutant("put at queries in reverse order", {"at": reversed_entries}),
+        Mutant("blocks of 4", {"block": 4}),
+    ),
+    spell(
+        flat_entries,
+        Kind.S1,
+        Mutant("queries in pairs", {"per": 2}),
+        Mutant("heads exchanged", {"head": 1}),
+        Mutant("strict causality", {"sees": operator.gt}),
+        Mutant("blocks of 4", {"block": 4}),
     ),
     spell(
         cumulative_causality,

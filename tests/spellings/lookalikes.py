@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fsa_compile.report import ReasonKind
 
-from .spelling import BLOCK, GROUP, HEADS, QKV, SCALE, TOP_K, Kind, Problem, interleave, randoms
+from .spelling import BLOCK, GROUP, HEADS, QKV, SCALE, TOP_K, Kind, Problem, choose_blocks, interleave, randoms
 
 INF = float("inf")
 
@@ -136,6 +136,16 @@ def window_with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     return logits.softmax(-1)[..., 1:] @ interleave(v, GROUP)
 
 
+def gather_along_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Blocks are repeated for every query and gathered along the axis of the copies: whatever is picked, the first come out."""
+    n, d = k.shape[2:]
+    indices = choose_blocks(q, k)[..., None, None].expand(-1, -1, -1, -1, BLOCK, d)
+    keys, vals = (t.unflatten(2, (-1, BLOCK))[:, :, None].expand(-1, -1, n, -1, -1, -1) for t in (k, v))
+    keys, vals = (t.gather(2, indices).flatten(3, 4) for t in (keys, vals))
+    logits = torch.einsum("bhgid,bhijd->bhgij", q.unflatten(1, (-1, GROUP)), keys) * SCALE
+    return torch.einsum("bhgij,bhijd->bhgid", logits.softmax(-1), vals).flatten(1, 2)
+
+
 INDEXER = (*QKV, (QKV[0][0], 2, QKV[0][2], 8), (QKV[0][0], QKV[0][2], 8))
 
 LOOKALIKES = (
@@ -146,6 +156,7 @@ LOOKALIKES = (
     LookAlike(static_selection, Kind.S9, reasons=frozenset({ReasonKind.MASK})),
     LookAlike(hashed_selection, Kind.S9, reasons=frozenset({ReasonKind.MASK})),
     LookAlike(window_of_blocks, Kind.S9, reasons=frozenset({ReasonKind.MASK})),
+    LookAlike(gather_along_copies, Kind.S9, reasons=frozenset({ReasonKind.MASK, ReasonKind.OPERANDS})),
     LookAlike(one_softmax_for_two_branches, Kind.S9),
     LookAlike(window_with_sink, Kind.S9, (*QKV, (HEADS,))),
 )

@@ -53,7 +53,7 @@ from .integer import (
     var,
     within,
 )  # fmt: skip
-from .node import BOOL, INF, INT, REAL, Expr, children, walk
+from .node import BOOL, INF, INT, REAL, Expr, TimeSpent, children, time_limit, walk
 from .real import (
     add_reals,
     add_to_infinity,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -54,7 +57,44 @@ BOUNDED = ("apply", "size")
 """What has bounds of its own, beyond those of its operands: equal only if the bounds are equal."""
 
 
+class TimeSpent(Exception):
+    """The time for making expressions is over."""
+
+
+class _Clock(threading.local):
+    """Seconds of this thread's own time, so that a loaded machine changes nothing."""
+
+    until = INF
+    ticks = 0
+
+
+_clock = _Clock()
+_TICKS = 256
+"""Expressions between two looks at the clock: about a millisecond."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Bounds what is done with expressions in the block: nested choices multiply, and some cannot be told from outside.
+
+    Args:
+        seconds: CPU time of this thread. A limit around this one holds too.
+
+    Raises:
+        TimeSpent: From within the block, where an expression is made after that time.
+    """
+    before = _clock.until
+    _clock.until = min(before, time.thread_time() + seconds)
+    try:
+        yield
+    finally:
+        _clock.until = before
+
+
 def make(op: str, args: tuple, sort: str, lo: float = -INF, hi: float = INF) -> Expr:
+    _clock.ticks += 1
+    if _clock.ticks % _TICKS == 0 and time.thread_time() > _clock.until:
+        raise TimeSpent
     key = (op, sort, _key(args), (lo, hi) if op in BOUNDED else ())
     e = _table.get(key)
     if e is None:
