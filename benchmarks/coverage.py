@@ -3,6 +3,7 @@
     python benchmarks/coverage.py                              # spellings and models of PyPI; prints the page
     python benchmarks/coverage.py --repos DIR --write          # with clones of public repositories; writes the page
     python benchmarks/coverage.py --repos DIR --only MoBA      # the models whose name contains "MoBA"
+    python benchmarks/coverage.py --results FILE ...           # in pieces: keeps results, runs what the file lacks of this commit
 
 Each model runs in a process of its own, on the CPU, forward and backward in float32, and is compared with eager and with
 ``benchmarks/coverage/expected.md``, whose rows were committed before the first run. The exit status is 1 if a compiled result is
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("--repos", type=Path, help="directory of clones of the public repositories")
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md instead of printing it")
     parser.add_argument("--only", default="", help="run what has this in its name")
-    parser.add_argument("--results", type=Path, help="JSON file to keep results in; those in it are not run again")
+    parser.add_argument(
+        "--results", type=Path, help="JSON file to keep results in, by commit; those of this commit are not run again"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -69,15 +72,18 @@ def main() -> None:
         print(f"\n{RESULT}{json.dumps(result)}")
         return
 
-    kept = arguments.results
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    kept, commit = arguments.results, page.commit(ROOT)
+    archive: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    results = archive.setdefault(commit, {})
+    if commit.endswith(page.CHANGED):
+        results.clear()  # who knows which changes those were
     names = [name for name in (*public.MODELS, *pypi.MODELS, *spellings.CLASSES) if arguments.only.lower() in name.lower()]
     for name in names:
         if name not in results:
             results[name] = in_fresh_process(name, arguments.repos)
             print(page.line(name, results[name]), file=sys.stderr, flush=True)
             if kept:
-                kept.write_text(json.dumps(results))
+                kept.write_text(json.dumps(archive))
     text, wrong = page.render(results, ROOT)
     if arguments.write:
         (ROOT / "docs" / "coverage.md").write_text(text)

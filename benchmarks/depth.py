@@ -1,6 +1,6 @@
 """Analysis time against depth: what a model of 32 equal layers costs beyond its first layer.
 
-    python benchmarks/depth.py                          # three models at 1, 2, 8 and 32 layers, kept as JSON
+    python benchmarks/depth.py                          # five models at 1, 2, 8 and 32 layers, kept as JSON
     python benchmarks/depth.py --layers 1 4 --output -  # printed and not kept
 
 ``analysis_s`` is the report's own account of all stages, shadow to rewrite, of the forward graph with gradients; the rest of the
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import fsa_compile
 
@@ -44,6 +46,43 @@ def dense_nsa(layers: int) -> tuple[nn.Module, Tensor]:
             return x + self.mlp(x)
 
     return nn.Sequential(*(Block() for _ in range(layers))), torch.randn(1, 256, 64)
+
+
+def checkpointed_nsa(layers: int) -> tuple[nn.Module, Tensor]:
+    """`dense_nsa`, every block under `torch.utils.checkpoint`: Dynamo makes a graph of each."""
+    blocks, x = dense_nsa(layers)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    return Model(), x
+
+
+def flex_window(layers: int) -> tuple[nn.Module, Tensor]:
+    """Pre-norm windows by `flex_attention`, every layer with a block mask of its own."""
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < 48)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            mask = create_block_mask(seen, None, None, x.shape[1], x.shape[1], device="cpu")
+            return x + self.out(flex_attention(q, k, v, block_mask=mask).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(*(Block() for _ in range(layers)))
+    return model.requires_grad_(False), torch.randn(1, 256, 64)  # flex_attention has no backward on the CPU
 
 
 def lucidrains(layers: int) -> tuple[nn.Module, Tensor]:
@@ -77,7 +116,8 @@ def minimax_m3(layers: int) -> tuple[nn.Module, Tensor]:
 
 
 MODELS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
-    "dense_nsa": dense_nsa, "lucidrains": lucidrains, "minimax_m3": minimax_m3,
+    "dense_nsa": dense_nsa, "checkpointed_nsa": checkpointed_nsa, "flex_window": flex_window,
+    "lucidrains": lucidrains, "minimax_m3": minimax_m3,
 }  # fmt: skip
 
 
@@ -118,7 +158,7 @@ def main() -> None:
             first = next((r for r in rows if r["model"] == name), row)
             row["beyond_first_s"] = round(row["analysis_s"] - first["analysis_s"], 3)
             rows.append(row)
-            print(f"{name:12} {layers:3} layers {row['nodes']:6} nodes  {row['rewritten']:3} of {row['sites']:3} rewritten  "
+            print(f"{name:16} {layers:3} layers {row['nodes']:6} nodes  {row['rewritten']:3} of {row['sites']:3} rewritten  "
                   f"{row['analysis_s']:6.2f} s, beyond the first row {row['beyond_first_s']:6.2f} s", flush=True)  # fmt: skip
     if arguments.output != "-":
         commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -64,7 +64,7 @@ def render(results: Mapping[str, Any], root: Path) -> tuple[str, int]:
 
 def _head(root: Path) -> str:
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return HEAD.format(tolerance=TOLERANCE, date=date.today(), commit=_commit(root), **versions)
+    return HEAD.format(tolerance=TOLERANCE, date=date.today(), commit=commit(root), **versions)
 
 
 def line(name: str, result: Mapping[str, Any]) -> str:
@@ -80,12 +80,17 @@ def line(name: str, result: Mapping[str, Any]) -> str:
     return f"{name}: {result['difference']:.1e}, {result['seconds']:.0f} s" + (f", unexpected: {', '.join(off)}" if off else "")
 
 
-def _commit(root: Path) -> str:
+CHANGED = " with changes"
+
+
+def commit(root: Path) -> str:
+    """The commit of the working tree, and whether what decides results has been changed since."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "fsa_compile", "tests/spellings")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
+    changed = git("status", "--porcelain", "--", "fsa_compile", "tests/spellings", "benchmarks/coverage")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (CHANGED if changed else "")
 
 
 def _ran(result: Mapping[str, Any]) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +154,8 @@ def _compiled(case: Case, fullgraph: bool) -> dict[str, Tensor | None]:
 
 
 def in_words(fault: BaseException) -> str:
-    """An exception in one line; what a compiler's exception is about stands in its second."""
+    """An exception in one line; what a compiler's exception is about stands in its second. Without one: where it is from."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    if not lines:
+        lines = [f"{Path(f.filename).name}:{f.lineno}: {f.line}" for f in traceback.extract_tb(fault.__traceback__)[-1:]]
     return f"{type(fault).__name__}: {' '.join(lines[:2])}"[:300]

@@ -35,6 +35,7 @@ class Match:
         pattern: The role.
         candidate: With its parameters.
         form: What was matched.
+        reader: Where the nodes are that it names.
         proofs: The discharged obligations.
         empty_value: What a row that sees no key gives in the user's code: None if there is no such row, else
             ``"zero"``, ``"nan"`` or ``"mean"`` (a finite fill gives the mean over all keys).
@@ -43,6 +44,7 @@ class Match:
     pattern: Pattern
     candidate: Candidate
     form: AttentionForm
+    reader: Reader
     proofs: tuple[Proof, ...]
     empty_value: str | None
 
@@ -119,7 +121,7 @@ def _first_proven(
                 try:
                     proofs = pattern.check(view, candidate, prover)
                     more, empty = _empty_rows(view, candidate, prover, needs_grad)
-                    match = Match(pattern, candidate, view.form, proofs + more, empty)
+                    match = Match(pattern, candidate, view.form, view.reader, proofs + more, empty)
                     if pattern.rewrites or view.form.visible is not x.TRUE:
                         return match
                     left.append(match)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..options import Options
 from ..registry.registry import patterns as registered
@@ -82,24 +82,21 @@ class Judge:
     Args:
         r: Reader of the shadow.
         shadow: The shadow of the first of each group of equal parts.
-        graph: The Dynamo graph.
-        modes: The modes in force at its nodes.
+        surroundings: The Dynamo graph around them.
         buffers: Its inputs that have a value.
         options: What may be done, and the time for proofs.
     """
 
-    def __init__(
-        self, r: Reader, shadow: Shadow, graph: Graph, modes: Mapping[Node, dg.Modes], buffers: Buffers, options: Options
-    ) -> None:
+    def __init__(self, r: Reader, shadow: Shadow, surroundings: Surroundings, buffers: Buffers, options: Options) -> None:
         self.r, self.shadow, self.buffers, self.options = r, shadow, buffers, options
-        self.surroundings = Surroundings(graph, modes)
+        self.surroundings = surroundings
         self.prover = Prover(r, options.proof_seconds)
         self.in_vain = 0.0
         """Seconds that went into sites that are not rewritten."""
         self.patterns = [p for p in registered() if not _disabled(p.name, options)]
 
     def judge(self, groups: Sequence[Repeated]) -> list[Judged]:
-        """The sites of all parts and of their repetitions, in graph order. Only the first of equal parts is analysed."""
+        """The sites of all parts and of their repetitions. Only the first of equal parts is analysed."""
         sites = list(find_sites(self.r))
         blank = [(self._blank(nodes), nodes) for nodes in sites]
         copied = [(j, copy) for j, _ in blank for copy in _copies(j, groups)]
@@ -108,9 +105,7 @@ class Judge:
         for nodes in unmatched_weights(self.r, sites):
             text = "an exponential is contracted like a softmax, but is not divided by its own sum in a form that is known"
             judged.append(self._blank(nodes).refuse(Reason(ReasonKind.NOT_ATTENTION, text)))
-        judged += [self._copy(j, copy) for j in judged for copy in _copies(j, groups)]
-        order = self.surroundings.order
-        return sorted(judged, key=lambda j: order.get(j.node, len(order)) if j.node is not None else len(order))
+        return judged + [judged_again(j, copy, self.surroundings, self.buffers) for j in judged for copy in _copies(j, groups)]
 
     def _blank(self, nodes: SiteNodes) -> Judged:
         """The site as the report names it, nothing decided yet."""
@@ -187,7 +182,8 @@ class Judge:
         assert j.match is not None and j.placement is not None
         try:
             branches = {name: o.match for name, o in others.items() if o.match is not None}
-            found = ranking(self.r, j.match, branches, self.prover, frozenset(self.shadow.standing_for))
+            with x.time_limit(self.options.proof_seconds):
+                found = ranking(self.r, j.match, branches, self.prover, frozenset(self.shadow.standing_for))
             if isinstance(found, ProbabilityRanking):
                 compressed = others[found.compressed].placement
                 assert compressed is not None
@@ -203,41 +199,51 @@ class Judge:
             )
         except Refusal as refusal:
             reason = refusal.reason
+        except (x.TimeSpent, RecursionError):
+            text = "not decided in time: the scores take longer to read than options['proof_seconds'] allow"
+            reason = Reason(ReasonKind.UNDECIDED, text)
         except Exception as fault:
             if self.options.strict:
                 raise
             reason = internal(fault)
         return replace(j, site=replace(j.site, selection=Selection(False, reason)))
 
-    def _copy(self, j: Judged, copy: Mapping[Node, Node]) -> Judged:
-        """The verdict on a site of a repetition, whose surroundings may differ."""
-        assert j.node is not None
-        node = copy[j.node]
-        proofs = tuple(Proof(p.obligation, f"same as {j.site.node}", 0.0) for p in j.site.proofs)
-        site = replace(_renamed(j.site, node), proofs=proofs)
-        if j.match is None or j.placement is None:
-            return Judged(site, node)
-        placement = j.placement.in_copy(copy)
-        try:
-            self.surroundings.allow(placement)
-        except Refusal as refusal:
-            return Judged(_refused(site, refusal), node)
-        held = (self.buffers.of(there) for here, there in copy.items() if self.buffers.of(here) in j.relies_on)
-        fusion = None
-        if j.fusion is not None:
-            try:
-                fusion = j.fusion.in_copy(copy)
-                self.surroundings.allow(fusion.place)
-            except (KeyError, Refusal) as fault:
-                other = Reason(ReasonKind.SCORES, "what the scores are made of stands in another part of the model")
-                reason = fault.reason if isinstance(fault, Refusal) else other
-                fusion, site = None, replace(site, selection=Selection(False, reason))
-        return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None), fusion)
-
 
 def internal(fault: Exception) -> Reason:
     """The reason for a fault of ours."""
     return Reason(ReasonKind.INTERNAL, f"fault of fsa_compile: {type(fault).__name__}: {fault}")
+
+
+def judged_again(j: Judged, copy: Mapping[Node, Node], surroundings: Surroundings, buffers: Buffers) -> Judged:
+    """The verdict on a site of a repetition, whose surroundings may differ.
+
+    Args:
+        j: The site that was analysed.
+        copy: What stands in the repetition for its nodes.
+        surroundings, buffers: Of the graph of the repetition.
+    """
+    assert j.node is not None
+    node = copy[j.node]
+    proofs = tuple(Proof(p.obligation, f"same as {j.site.node}", 0.0) for p in j.site.proofs)
+    site = replace(_renamed(j.site, node), proofs=proofs)
+    if j.match is None or j.placement is None:
+        return Judged(site, node)
+    placement = j.placement.in_copy(copy)
+    try:
+        surroundings.allow(placement)
+    except Refusal as refusal:
+        return Judged(_refused(site, refusal), node)
+    held = (buffers.of(there) for here, there in copy.items() if buffers.of(here) in j.relies_on)
+    fusion = None
+    if j.fusion is not None:
+        try:
+            fusion = j.fusion.in_copy(copy)
+            surroundings.allow(fusion.place)
+        except (KeyError, Refusal) as fault:
+            other = Reason(ReasonKind.SCORES, "what the scores are made of stands in another part of the model")
+            reason = fault.reason if isinstance(fault, Refusal) else other
+            fusion, site = None, replace(site, selection=Selection(False, reason))
+    return Judged(site, node, j.match, placement, tuple(b for b in held if b is not None), fusion)
 
 
 def _refused(site: Site, refusal: Refusal) -> Site:
@@ -249,7 +255,7 @@ def _disabled(name: str, options: Options) -> bool:
     return name in options.disable or bool(options.only) and name not in options.only
 
 
-def _copies(j: Judged, groups: Sequence[Repeated]) -> tuple[Mapping[Node, Node], ...]:
+def _copies(j: Judged, groups: Sequence[Repeated]) -> Sequence[Mapping[Node, Node]]:
     """The repetitions of the part that a site is in."""
     return next((g.copies for g in groups if j.node in g.part.own), ())
 

@@ -17,7 +17,7 @@ from . import dynamo_graph as dg
 from . import expr as x
 from .classify import Match
 from .expr import Expr
-from .flex_call import why_inconsistent
+from .flex_call import flex_call, why_inconsistent
 from .nodes import op_name
 from .reader import Reader
 from .refusal import Refusal
@@ -57,6 +57,7 @@ class Placement:
         temperatures: What multiplies or divides q first, in the order of the form.
         blocks: The segments of the block list, if the role has one.
         data: For each shadow node that the block list reads: the Dynamo node that holds it.
+        flex: The call, if the site is a `flex_attention`.
     """
 
     output: Node
@@ -66,6 +67,7 @@ class Placement:
     temperatures: tuple[Node, ...]
     blocks: tuple[ListTensor, ...]
     data: dict[str, Node]
+    flex: Node | None
 
     @property
     def operands(self) -> tuple[Node, ...]:
@@ -80,7 +82,8 @@ class Placement:
         """The same place in a repetition of the part of the graph (`parts.Repeated.copies`)."""
         output, q, k, v, *temperatures = (counterpart[n] for n in (self.output, *self.operands))
         data = {name: counterpart[n] for name, n in self.data.items()}
-        return Placement(output, q, k, v, tuple(temperatures), self.blocks, data)
+        flex = None if self.flex is None else counterpart[self.flex]
+        return Placement(output, q, k, v, tuple(temperatures), self.blocks, data, flex)
 
 
 def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
@@ -95,22 +98,21 @@ def place(r: Reader, shadow: Shadow, match: Match) -> Placement:
         return shadow.standing_for[r.nodes[name]][0]
 
     output = first(form.output)
-    _one_mask(r.nodes[form.softmax])
+    bodies = r.nodes[form.softmax].meta.get("flex")
     q, k, v, *temperatures = (first(o.node) for o in (form.q, form.k, form.v, *form.temperatures))
     blocks = tuple(_list_tensors(r, shadow, match))
     data = {name: _holder(r, shadow, name) for name in sorted(_data_names(r, blocks))}
-    return Placement(output, q, k, v, tuple(temperatures), blocks, data)
+    return Placement(output, q, k, v, tuple(temperatures), blocks, data, bodies.call.node if bodies is not None else None)
 
 
-def _one_mask(softmax: Node) -> None:
+def _one_mask(flex: Node) -> None:
     """The op computes what the mask function of a `flex_attention` says; the tables of its block mask must say the same."""
-    bodies = softmax.meta.get("flex")
-    if bodies is None:
-        return
-    why = why_inconsistent(bodies.call)
+    call = flex_call(flex)
+    assert call is not None
+    why = why_inconsistent(call)
     if why is not None:
         raise Refusal(ReasonKind.MASK, why)
-    for u in bodies.call.node.users:
+    for u in flex.users:
         if u.args[1] != 0 and u.users:
             raise Refusal(ReasonKind.OPERANDS, "flex_attention returns log-sum-exps or maxima too, which the op does not give back")
 
@@ -241,6 +243,8 @@ class Surroundings:
             Refusal: If not.
         """
         output, operands = placement.output, placement.operands
+        if placement.flex is not None:
+            _one_mask(placement.flex)
         for n in (*operands, *placement.data.values()):
             if self.order[n] >= self.order[output]:
                 text = f"{n.name} is computed after the attention that needs it"

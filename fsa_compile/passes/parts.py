@@ -41,11 +41,19 @@ class Repeated:
 
     Attributes:
         part: The first of them.
-        copies: For each repetition: what stands in it for each node and input of the first.
+        description: What they are, without names; parts of other graphs with it are equal too if they hold the same buffers.
+        ranked: For the first and each repetition: its nodes and inputs. Those of one rank stand for each other.
     """
 
     part: Part
-    copies: tuple[Mapping[Node, Node], ...]
+    description: object
+    ranked: tuple[Sequence[Node], ...]
+
+    @property
+    def copies(self) -> list[dict[Node, Node]]:
+        """For each repetition: what stands in it for each node and input of the first."""
+        first, *others = self.ranked
+        return [dict(zip(first, ranked)) for ranked in others]
 
 
 def attention_parts(gm: GraphModule) -> list[Part]:
@@ -160,48 +168,80 @@ def repeated(gm: GraphModule, parts: Iterable[Part], modes: Mapping[Node, dg.Mod
         lines, ranked = _description(part, modes)
         alike.setdefault(lines, []).append((part, ranked))
     out = []
-    for group in alike.values():
+    for lines, group in alike.items():
         same: dict[object, list[tuple[Part, list[Node]]]] = {}
         for part, ranked in group:
-            held = [buffers.of(n) for n in ranked] if len(group) > 1 else []
-            # By rank: what is a buffer here and an argument there is not the same.
-            same.setdefault(tuple(None if b is None else id(b.content) for b in held), []).append((part, ranked))
-        for (first, ranks), *others in same.values():
-            out.append(Repeated(first, tuple(dict(zip(ranks, ranked)) for _, ranked in others)))
+            same.setdefault(held_buffers(ranked, buffers) if len(group) > 1 else (), []).append((part, ranked))
+        for members in same.values():
+            out.append(Repeated(members[0][0], lines, tuple(ranked for _, ranked in members)))
     return out
+
+
+def held_buffers(ranked: Sequence[Node], buffers: Buffers) -> tuple[int | None, ...]:
+    """The values of the buffers among some nodes, by rank: what is a buffer here and an argument there is not the same."""
+    held = [buffers.of(n) for n in ranked]
+    return tuple(None if b is None else id(b.content) for b in held)
 
 
 def _description(part: Part, modes: Mapping[Node, dg.Modes]) -> tuple[tuple[object, ...], list[Node]]:
     """What a part is, hashable and without names; and its nodes and inputs by rank."""
-    rank: dict[Node, int] = {}
-    storages: dict[int, int] = {}
-    lines: list[object] = []
+    described = _Description()
+    for n in part.nodes:
+        described.add(n, modes[n], dg.source_of(n), n in part.own)
+    return tuple(described.lines), list(described.rank)
 
-    def enter(n: Node) -> int:
-        rank[n] = len(rank)
+
+class _Description:
+    """Nodes and inputs without names, in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.rank: dict[Node, int] = {}
+        self.lines: list[object] = []
+        self._storages: dict[int, int] = {}
+
+    def add(self, n: Node, *more: object) -> None:
+        """A call, with what else is to be compared of it."""
+        self.lines.append((n.op, n.target, self._argument(n.args), self._argument(n.kwargs), *more))
+        self._enter(n)
+
+    def _enter(self, n: Node) -> int:
+        self.rank[n] = len(self.rank)
         s = dg.storage(n)
-        alias = storages.setdefault(s, len(storages)) if s is not None else None
-        lines.append((alias, _described(dg.value(n), n)))
-        return rank[n]
+        alias = self._storages.setdefault(s, len(self._storages)) if s is not None else None
+        self.lines.append((alias, _described(dg.value(n), n)))
+        return self.rank[n]
 
-    def argument(a: object) -> object:
+    def _argument(self, a: object) -> object:
         if isinstance(a, Node):
-            if a in rank:
-                return "%", rank[a]
-            return "input", enter(a), a.target if a.op == "get_attr" else None
+            if a in self.rank:
+                return "%", self.rank[a]
+            return "input", self._enter(a), _attribute(a) if a.op == "get_attr" else None
         if isinstance(a, (list, tuple)):
-            return type(a).__name__, *map(argument, a)
+            return type(a).__name__, *map(self._argument, a)
         if isinstance(a, Mapping):
-            return "dict", *((k, argument(y)) for k, y in a.items())
+            return "dict", *((k, self._argument(y)) for k, y in a.items())
         if isinstance(a, slice):
-            return "slice", argument(a.start), argument(a.stop), argument(a.step)
+            return "slice", self._argument(a.start), self._argument(a.stop), self._argument(a.step)
         return (type(a).__name__, repr(a)) if not isinstance(a, torch.Tensor) else id(a)
 
-    for n in part.nodes:
-        what = n if dg.is_flex(n) else n.target  # the functions that it captures are not compared
-        lines.append((n.op, what, argument(n.args), argument(n.kwargs), modes[n], dg.source_of(n), n in part.own))
-        enter(n)
-    return tuple(lines), list(rank)
+
+def _attribute(n: Node) -> object:
+    """What a ``get_attr`` node stands for: the functions of a `flex_attention` by what they compute, all else by identity."""
+    held: object = n.graph.owning_module
+    for name in str(n.target).split("."):
+        held = getattr(held, name)
+    return _function(held) if isinstance(held, GraphModule) else id(held)
+
+
+def _function(body: GraphModule) -> tuple[object, ...]:
+    """A graph without names."""
+    described = _Description()
+    for n in body.graph.nodes:
+        if n.op in ("placeholder", "get_attr"):
+            described._argument(n)
+        else:
+            described.add(n)
+    return tuple(described.lines)
 
 
 def _described(value: object, n: Node) -> object:

@@ -16,8 +16,10 @@ from ..report import GraphReport, Site, Verdict
 from . import dynamo_graph as dg
 from .buffers import Buffers
 from .differential import known_values, Mismatch, SecondLine
-from .judge import Fusion, internal, Judge, Judged
+from .judge import Fusion, internal, Judge, judged_again, Judged
+from .legality import Surroundings
 from .parts import attention_parts, repeated, to_trace
+from .precedents import Precedents
 from .reader import Reader
 from .refusal import Refusal
 from .region import Original
@@ -47,6 +49,7 @@ def analyse_and_rewrite(
     buffers: Buffers | None = None,
     original: Original | None = None,
     grad: object = None,
+    precedents: Precedents | None = None,
 ) -> tuple[GraphReport, ...]:
     """Analyse a Dynamo graph and the checkpoint bodies in it, and put the ops in.
 
@@ -59,6 +62,7 @@ def analyse_and_rewrite(
         original: A copy of the graph, which learns what was replaced.
         grad: Whether gradients are recorded when the graph is entered; None for the mode in force, which is the one that
             Dynamo compiles the graph for.
+        precedents: What was analysed in the graphs around this one.
 
     Returns:
         One report per graph body. A fault of ours before the rewrite leaves the body as it was and is reported.
@@ -67,16 +71,17 @@ def analyse_and_rewrite(
         Exception: Any fault of ours, under ``options.strict``.
     """
     buffers = Buffers(gm, ()) if buffers is None else buffers
+    precedents = Precedents(buffers) if precedents is None else precedents
     modes = dg.modes(gm.graph, torch.is_grad_enabled() if grad is None else grad)
     if original is None and rewrite and options.differential:
         original = Original(gm)
     entered = [modes[call].grad for call, _ in dg.body_calls(gm)]
-    reports = [_one_body(gm, modes, options, name, rewrite, buffers, original)]
+    reports = [_one_body(gm, modes, options, name, rewrite, buffers, precedents, original)]
     for (attribute, body), mode in zip(dg.bodies(gm), entered, strict=True):
         below = original.bodies[attribute] if original is not None else None
         within = f"{name} / {attribute}"
         reports += analyse_and_rewrite(
-            body, options, name=within, rewrite=rewrite, buffers=buffers, original=below, grad=mode
+            body, options, name=within, rewrite=rewrite, buffers=buffers, original=below, grad=mode, precedents=precedents
         )
     return tuple(reports)
 
@@ -88,13 +93,14 @@ def _one_body(
     name: str,
     rewrite: bool,
     buffers: Buffers,
+    precedents: Precedents,
     original: Original | None,
 ) -> GraphReport:
     nodes = sum(map(dg.is_call, gm.graph.nodes))
     clock = _Clock()
     notes = _notes(gm)
     try:
-        judged, reader = _analyse(gm, modes, options, clock, buffers)
+        judged = _analyse(gm, modes, options, clock, buffers, precedents)
     except Exception as fault:
         if options.strict:
             raise
@@ -107,37 +113,46 @@ def _one_body(
         notes.append(f"relies on the value of {labels}, which is checked at each call")
     # From here on the graph changes; a fault that does not undo itself must reach the caller.
     sites = [j.site for j in judged]
-    if rewrite and reader is not None:
+    if rewrite and judged:
         known = known_values(original, gm, buffers) if original is not None else {}
-        sites = _rewrite(gm, reader, judged, options, original, known)
+        sites = _rewrite(gm, judged, options, original, known)
     clock.lap("rewrite")
     return GraphReport(name, nodes, tuple(sites), tuple(notes), clock.seconds)
 
 
 def _analyse(
-    gm: GraphModule, modes: Mapping[Node, dg.Modes], options: Options, clock: _Clock, buffers: Buffers
-) -> tuple[list[Judged], Reader | None]:
-    groups = repeated(gm, attention_parts(gm), modes, buffers)
+    gm: GraphModule, modes: Mapping[Node, dg.Modes], options: Options, clock: _Clock, buffers: Buffers, precedents: Precedents
+) -> list[Judged]:
+    """The sites of one graph, in graph order."""
+    groups = [(g, precedents.of(g)) for g in repeated(gm, attention_parts(gm), modes, buffers)]
+    fresh = [g for g, precedent in groups if precedent is None]
     clock.lap("find")
-    shadow = trace(gm, *to_trace(gm, [g.part for g in groups])) if groups else None
+    shadow = trace(gm, *to_trace(gm, [g.part for g in fresh])) if fresh else None
     clock.lap("shadow")
-    if shadow is None:
-        return [], None
-    reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow))
-    judged = Judge(reader, shadow, gm.graph, modes, buffers, options).judge(groups)
+    if not groups:
+        return []
+    surroundings = Surroundings(gm.graph, modes)
+    judged: list[Judged] = []
+    if shadow is not None:
+        reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow))
+        judged = Judge(reader, shadow, surroundings, buffers, options).judge(fresh)
+        precedents.add(fresh, judged)
+    known = [(j, copy) for g, precedent in groups if precedent is not None for j, copy in precedent.copies(g)]
+    judged += [judged_again(j, copy, surroundings, buffers) for j, copy in known]
+    order = surroundings.order
+    judged.sort(key=lambda j: order.get(j.node, len(order)) if j.node is not None else len(order))
     clock.lap("lift and prove")
-    return judged, reader
+    return judged
 
 
 def _rewrite(
     gm: GraphModule,
-    reader: Reader,
     judged: Sequence[Judged],
     options: Options,
     original: Original | None,
     known: Mapping[Node, Tensor],
 ) -> list[Site]:
-    rewriter = Rewriter(reader, gm.graph)
+    rewriter = Rewriter(gm.graph)
     sites = []
     for j in judged:
         site = j.site

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..report import Counterexample, Proof, ReasonKind
 from . import expr as x
+from .evaluate import DataDependent, at_point
 from .expr import Expr
 from .facts import ground_facts
 from .form_view import FormView
@@ -120,11 +121,21 @@ def counterexample_of(view: FormView, model: Model, op: str, beyond: Expr | None
         v = x.as_var(e)
         return model.values.get(v, 0) if v is not None else (x.constant(e) or 0)
 
-    key = value(form.j if beyond is None else beyond)
+    index = value(form.j)
     try:
-        sees = beyond is None and view.sees(value(form.i), key)
+        sees = beyond is None and view.sees(value(form.i), index)
     except Exception:  # data-dependent: the solver chose the data
         sees = True
+    key = _position(view, model, index) if beyond is None else value(beyond)
     return Counterexample(
         query=value(form.i), key=key, model_sees=sees, op=op, head=value(form.h), batch=value(form.b)
     )
+
+
+def _position(view: FormView, model: Model, index: int) -> int:
+    """Where the key of that index stands, which is another number if keys are shifted; the index itself where data decide."""
+    try:
+        values = {v: model.values.get(v, 0) for v in view.form.key.free}
+        return int(at_point(view.form.key, values, view.reader.sizes.hints))
+    except DataDependent:
+        return index

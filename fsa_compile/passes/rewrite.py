@@ -51,12 +51,17 @@ class Rewriter:
     """Rewrites the sites of one Dynamo graph.
 
     Args:
-        r: Reader of its shadow.
         graph: The Dynamo graph.
+
+    Attributes:
+        r: Reader of the shadow in which the site was found that is being written.
+        replaced: What stands for the outputs of sites now.
     """
 
-    def __init__(self, r: Reader, graph: Graph) -> None:
-        self.r, self.graph = r, graph
+    r: Reader
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.tracer = GraphAppendingTracer(graph)
         self.replaced: dict[Node, Node] = {}
         self._written: dict[Node, list[Node]] = {}
@@ -72,6 +77,7 @@ class Rewriter:
         Raises:
             Emission: If the new nodes could not be made, or `inspect` raised; they are gone again.
         """
+        self.r = match.reader
         last = placement.output.prev
         try:
             with self.graph.inserting_before(placement.output):
@@ -101,6 +107,7 @@ class Rewriter:
         Raises:
             Emission: If the new nodes could not be made, or `inspect` raised; the list is the model's again.
         """
+        self.r = match.reader
         last = end = None
         try:
             target = self._op_of(placement.output, torch.ops.fsa.selected_attention)

@@ -81,7 +81,7 @@ def _shifted(view: FormView, candidate: Candidate, prover: Prover) -> tuple[Proo
     complete = prover.require(
         ReasonKind.MASK, f"the mask is not {candidate}", "keys in the rule are visible, once",
         x.conj(x.in_range(index, form.width), x.substitute(form.visible, {jv: index})), given=candidate.visible(p),
-        terms=candidate.terms, facts=candidate.facts,
+        terms=candidate.terms, facts=candidate.facts, beyond=p,
     )  # fmt: skip
     return placed, sound, complete
 

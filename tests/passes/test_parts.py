@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import fsa_compile
 from fsa_compile.passes import shadow
@@ -147,6 +149,89 @@ def test_a_buffer_of_a_repetition_is_checked(monkeypatch):
     layers[2].mask.fill_(True)
     want = model(x)
     assert (compiled(x) - want).norm() < 1e-5 * want.norm()
+
+
+class Checkpointed(nn.Module):
+    """A layer whose activations are computed again for the backward."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.layer = Window(**options)
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_checkpointed_layers_are_analysed_once(monkeypatch):
+    """Each is a graph of its own; the first is the precedent of the others, and one that differs is not."""
+    _, one = run([Checkpointed()], monkeypatch)
+    report, six = run([Checkpointed() for _ in range(6)], monkeypatch)
+    assert six == one
+    assert report.rewritten == 6 and len(report.graphs) == 7
+    first, *others = report.sites
+    assert all(p.method == f"same as {first.node}" for s in others for p in s.proofs)
+    report, traced = run([Checkpointed(window=4 if k == 2 else 5) for k in range(5)], monkeypatch)
+    assert [s.parameters["window"] for s in report.sites] == [5, 5, 4, 5, 5]
+    assert one < traced < 3 * one
+
+
+def test_buffers_and_hooks_of_checkpointed_layers(monkeypatch):
+    """Equal values in buffers are equal, another value is not; what stands around the attention is looked at in each."""
+    far = torch.arange(N)[:, None] - torch.arange(N)[None, :]
+    window, torn = (far >= 0) & (far < 5), (far >= 0) & (far < 5)
+    torn[9, 2] = True
+    report, _ = run([Checkpointed(mask=m.clone()) for m in (window, window, torn, window)], monkeypatch)
+    assert [s.verdict.value for s in report.sites] == ["rewritten", "rewritten", "refused", "rewritten"]
+    report, _ = run([Checkpointed(), Checkpointed(grad=False), Checkpointed()], monkeypatch)
+    assert [s.verdict.value for s in report.sites] == ["rewritten", "refused", "rewritten"]
+
+
+def test_a_later_change_in_a_checkpointed_layer(monkeypatch):
+    """The buffer of a repetition is relied on too."""
+    far = torch.arange(N)[:, None] - torch.arange(N)[None, :]
+    model = nn.Sequential(*(Checkpointed(mask=(far >= 0) & (far < 5)) for _ in range(3)))
+    x = torch.randn(2, N, D, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fsa", options={"inner": "aot_eager", "profit": "always", "strict": True})
+    compiled(x)
+    assert fsa_compile.last_report().rewritten == 3
+    model[2].layer.mask.fill_(True)
+    want = model(x)
+    assert (compiled(x) - want).norm() < 1e-5 * want.norm()
+
+
+class Flex(nn.Module):
+    """A window by `flex_attention`, its block mask made in the layer."""
+
+    def __init__(self, window=5, table=None):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.window, self.table = window, table or window
+
+    def forward(self, x):
+        q, k, v = (t[:, None] for t in self.qkv(x).chunk(3, -1))
+        window, table = self.window, self.table
+
+        def seen(b, h, i, j):
+            return (i >= j) & (i - j < window)
+
+        def tabled(b, h, i, j):
+            return (i >= j) & (i - j < table)
+
+        mask = create_block_mask(seen if table == window else tabled, None, None, N, N, device="cpu", BLOCK_SIZE=8)
+        if table != window:
+            mask.mask_mod = seen
+        return x + self.out(flex_attention(q, k, v, block_mask=mask)[:, 0])
+
+
+@torch.no_grad()  # on the CPU there is no other way
+def test_flex_attention_of_equal_layers(monkeypatch):
+    """Mask functions are compared by what they compute; whether the tables agree with them is asked for each layer."""
+    _, one = run([Flex()], monkeypatch, backward=False)
+    report, traced = run([Flex(), Flex(), Flex(window=6), Flex(table=9)], monkeypatch, backward=False)
+    assert traced == 2 * one
+    assert [s.parameters["window"] for s in report.sites] == [5, 5, 6, 5]
+    assert [s.verdict.value for s in report.sites] == ["rewritten", "rewritten", "rewritten", "refused"]
 
 
 def test_layers_that_write_into_one_tensor(monkeypatch):

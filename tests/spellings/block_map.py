@@ -1,7 +1,7 @@
 """S1 without a list that the mask is read back to: one truth value per query and block, however it came about.
 
-Counts of a `scatter_add`, positions of tokens scattered one by one, entries put in by coordinates, a threshold on scores, a mask that is applied to the
-logits and to the probabilities, and causality from a cumulative sum.
+Counts of a `scatter_add`, positions of tokens scattered one by one, entries put in by coordinates, a threshold on scores, a mask
+that is applied to the logits and to the probabilities, and causality from a cumulative sum.
 """
 
 from __future__ import annotations
@@ -140,14 +140,21 @@ def reversed_entries(index: Tensor) -> Tensor:
 
 
 def entries_that_count(
-    q: Tensor, k: Tensor, v: Tensor, *, limit: Comparison = operator.le, entries: Change = keep, at: Change = keep, block: int = BLOCK
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    limit: Comparison = operator.le,
+    entries: Change = keep,
+    at: Change = keep,
+    block: int = BLOCK,
 ) -> Tensor:
-    """The picks that are not in the future, found by `torch.where`: how many there are, data decide. Put into a map one by one."""
+    """The picks that are not in the future, found by `torch.where`: data decide how many. Put into a map one by one."""
     n = k.shape[2]
     indices = choose_blocks(q, k, block=block, force_own=True)
     i = torch.arange(n)
     counts = limit(indices, (i // block)[:, None])
-    batch, head, query, slot = torch.where(counts)
+    batch, head, query, _ = torch.where(counts)
     picked = torch.zeros(*indices.shape[:-1], n // block, dtype=torch.bool)
     picked[batch, head, at(query), entries(indices)[counts]] = True
     visible = (picked.repeat_interleave(block, -1) & (i[:, None] >= i)).repeat_interleave(GROUP, 1)
