@@ -242,6 +242,8 @@ def label_of(n: Node) -> str:
     source = getattr(n.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", n.name)
     text = str(name() if callable(name) else name)
+    if "___stack" in text:
+        return "a value from before the graph break"
     text = re.sub(r"^[LG]\['(\w+)'\]", r"\1", text)
     text = re.sub(r"\._(?:modules|buffers|parameters)\['([^']+)'\]", r".\1", text)
     return re.sub(r"\.(\d+)", r"[\1]", text)

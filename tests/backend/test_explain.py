@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import inspect
 import random
+from traceback import FrameSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from fsa_compile import explain, last_report, Report
+from fsa_compile.graph_breaks import describe
+from fsa_compile.passes.dynamo_graph import label_of
 
 
 class Model(torch.nn.Module):
@@ -140,7 +145,15 @@ def test_a_break_inside_of_a_loop_is_named():
     assert note.startswith("Dynamo captured no graph: ") and ("fullgraph=True" in note or "Python int" in note)
     (note,) = explain(print_in_a_loop, torch.randn(8, 4)).notes
     line = print_in_a_loop.__code__.co_firstlineno + 3
-    assert f"(test_explain.py:{line}); move the output out of the model" in note
+    assert f"(test_explain.py:{line}); move printing, logging and warnings out of the model" in note
+
+
+def test_a_break_inside_of_torch_is_told_at_the_users_line():
+    """As of the warning in ``create_block_mask(..., _compile=True)``."""
+    stack = [FrameSummary("/home/me/model.py", 7, "forward"), FrameSummary(flex_attention.__file__, 1912, "create_block_mask")]
+    assert describe("Attempted to call warn", stack) == (
+        "Attempted to call warn (model.py:7, in flex_attention.py:1912); move printing, logging and warnings out of the model"
+    )
 
 
 def test_breaks_come_with_advice():
@@ -159,3 +172,10 @@ def test_breaks_come_with_advice():
     ):
         notes = explain(model, *inputs).notes
         assert any("test_explain.py:" in note and advice in note for note in notes), notes
+
+
+def test_a_value_from_before_a_break_has_no_name():
+    """Dynamo calls it ``___stack0``; the user never wrote that."""
+    n = torch.fx.Graph().placeholder("l_stack0_2_")
+    n.meta["grapharg"] = SimpleNamespace(source=SimpleNamespace(name="L['___stack0'][2]"))
+    assert label_of(n) == "a value from before the graph break"
