@@ -63,6 +63,7 @@ class AttentionForm:
         visible: When the logit is ``scale * <q, k>``; otherwise it is one of `fills`.
         fills: The constants that masked logits get.
         additive: Whether a fill is added to the product (its gradient then flows) instead of replacing it.
+        in_sums: Whether every masked logit is that product and a fill added to it.
         scale: The constant that multiplies the product.
         temperatures: The run-time factors that multiply or divide it.
         key: The position in K and V of key index j.
@@ -86,6 +87,7 @@ class AttentionForm:
     visible: Expr
     fills: frozenset[float]
     additive: bool
+    in_sums: bool
     scale: float
     temperatures: tuple[Temperature, ...]
     key: Expr

@@ -38,7 +38,8 @@ class Match:
         reader: Where the nodes are that it names.
         proofs: The discharged obligations.
         empty_value: What a row that sees no key gives in the user's code: None if there is no such row, else
-            ``"zero"``, ``"nan"`` or ``"mean"`` (a finite fill gives the mean over all keys).
+            ``"zero"``, ``"nan"``, ``"mean"`` (a finite fill gives the mean over all keys) or ``"even"`` (the same from logits
+            that a fill was added to: gradients flow to q and k as from a softmax of equal logits).
     """
 
     pattern: Pattern
@@ -201,7 +202,15 @@ def _empty_rows(
             ReasonKind.EMPTY_ROWS,
             f"a query may see no key, and {max(form.fills):g} added to its logits does not make them all equal",
         )
-    return (), "mean"
+    if not added_gradient:
+        return (), "mean"
+    if not form.in_sums or op_name(view.reader.nodes[form.softmax]) not in SOFTMAXES:
+        # Fused SDPA recomputes probabilities from a log-sum-exp in which the number of keys is lost beside the fill.
+        raise Refusal(
+            ReasonKind.GRADIENT,
+            "a query may see no key, and an added finite fill then has a gradient that the op would drop",
+        )
+    return (), "even"
 
 
 LOGIT = 1e6

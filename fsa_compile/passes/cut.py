@@ -65,7 +65,7 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
                 yield AttentionForm(
                     softmax=softmax.name, output=anchor.node.name, output_layout=out, b=b, h=h, i=i, j=raw.j,
                     sizes=(bs, x.integer(hq), ns, dk, dv), width=raw.width, visible=raw.visible, fills=raw.fills,
-                    additive=raw.additive, scale=raw.scale * qs.factor * ks.factor, temperatures=temperatures,
+                    additive=raw.additive, in_sums=raw.in_sums, scale=raw.scale * qs.factor * ks.factor, temperatures=temperatures,
                     key=key, guard=x.conj(ks.guard, vs.guard), keys=length,
                     kv_heads=kv_heads, q=Operand(qs.node.name, ql, dtype(raw.q[0])),
                     k=Operand(ks.node.name, kl, dtype(raw.k[0])), v=Operand(vs.node.name, vl, dtype(raw.v[0])),

@@ -36,7 +36,7 @@ class NormalForm:
     Attributes:
         coords: The four virtual coordinates of the output; `value_dim` is the one that belongs to the values.
         j: The key index; d: the head dimension that queries and keys contract; width: how many key indices there are.
-        visible, fills, additive, scale, zero_rows: As in `AttentionForm`.
+        visible, fills, additive, in_sums, scale, zero_rows: As in `AttentionForm`.
         factors: What becomes the form's temperatures.
         probability: The element of the softmax's result.
         q, k, v: The operands at the contractions: (node, coordinates).
@@ -50,6 +50,7 @@ class NormalForm:
     visible: Expr
     fills: frozenset[float]
     additive: bool
+    in_sums: bool
     scale: float
     factors: tuple[Factor, ...]
     probability: Coords
@@ -102,7 +103,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     jv = x.as_var(j)
     assert jv is not None
     logit = r.logit(softmax, coords)
-    visible, fills, additive, product = _masked_product(
+    visible, fills, additive, in_sums, product = _masked_product(
         r, logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
     )
     if kept is not x.TRUE and not _keeps_what_is_visible(kept, visible, jv):
@@ -131,7 +132,7 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
         raise Refusal(ReasonKind.OPERANDS, "no single dimension of the output belongs to the values alone")
     return NormalForm(
         coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
-        additive=additive, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
+        additive=additive, in_sums=in_sums, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
         probability=coords,
         zero_rows=kept is not x.TRUE and (numbers or not multiplied) or fills == {-math.inf} and numbers,
     )  # fmt: skip
@@ -240,12 +241,13 @@ def _key_variable(
 
 def _masked_product(
     r: Reader, logit: Expr, jv: Expr, threshold: float
-) -> tuple[Expr, frozenset[float], bool, Term]:
+) -> tuple[Expr, frozenset[float], bool, bool, Term]:
     """Split the cases of a logit into one product of queries and keys and constant fills, which may be added to the product.
 
     Terms free of the key shift a whole row and drop out of the softmax, if every visible key of the row gets them.
     """
     additive = False
+    masked: list[list[Term]] = []
     visible: list[Expr] = []
     fills: set[float] = set()
     products: set[Term] = set()
@@ -263,6 +265,7 @@ def _masked_product(
         if shift <= threshold:
             fills.add(shift)
             additive |= bool(data)
+            masked.append([t for t in data if jv in t.rest.free])
             continue
         if shift < 0 and not data:
             raise Refusal(
@@ -283,7 +286,7 @@ def _masked_product(
     if len(shifts) != 1:
         raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
     (product,) = products
-    return x.disj(*visible), frozenset(fills), additive, product
+    return x.disj(*visible), frozenset(fills), additive, all(keyed == [product] for keyed in masked), product
 
 
 def _masks(t: Term, threshold: float) -> bool:

@@ -199,7 +199,7 @@ class Rewriter:
         )
         result = match.pattern.build(match.candidate, tensors)
         out, lse = (result[0], result[1]) if match.pattern.returns_lse else (result, None)
-        out = _fill_empty_rows(out, lse, tensors.v, match, hq // hkv)
+        out = _fill_empty_rows(out, lse, tensors, match, hq // hkv)
         value = dg.value(placement.output)
         assert isinstance(value, torch.Tensor)
         if value.dtype != dtype:
@@ -301,23 +301,38 @@ def _blame(nodes: Sequence[Node], origin: Node) -> None:
                 node.meta[key] = origin.meta[key]
 
 
-def _fill_empty_rows(out: Any, lse: Any, v: Any, match: Match, groups: int) -> Any:
+def _fill_empty_rows(out: Any, lse: Any, tensors: Tensors, match: Match, groups: int) -> Any:
     """Give rows that see no key the value and the gradient that the user's code gives them."""
     if match.empty_value in (None, "zero"):
         return out
     if lse is None:
         raise Refusal(ReasonKind.EMPTY_ROWS, f"a query may see no key, and pattern {match.pattern.name!r} returns no log-sum-exp")
     empty = (lse == float("-inf")).unsqueeze(-1)
-    if match.empty_value == "mean":
+    v = tensors.v
+    if match.empty_value in ("mean", "even"):
         fill = v.mean(2, keepdim=True)
     else:
         # Eager NaN probabilities multiply every value: forward NaN in this row, gradient NaN in all values.
         fill = v.sum(2, keepdim=True)
     if groups > 1:
         fill = fill.repeat_interleave(groups, 1)
+    if match.empty_value == "even":
+        fill = fill + _even_gradient(tensors, match, groups)
     if match.empty_value == "nan":
         fill = fill * torch.where(empty, float("nan"), 0.0).to(operand_dtype(match))
     return torch.where(empty, fill, out)
+
+
+def _even_gradient(t: Tensors, match: Match, groups: int) -> Any:
+    """Zeros ``(b, hq, n, dv)`` with the gradient for q and k that a softmax of m equal logits has.
+
+    There the derivative of the output by logit j is ``(v_j - mean of v) / m``, so that of ``softmax(scale * <q, k_j>) @ v`` is that
+    of ``scale * q @ (k.T @ (v - mean of v) / m)`` with v held fixed.
+    """
+    centred = (t.v - t.v.mean(2, keepdim=True)).detach()
+    moments = (t.k.transpose(-1, -2) @ centred) * (match.form.scale / t.k.shape[2])
+    slope = t.q @ (moments.repeat_interleave(groups, 1) if groups > 1 else moments)
+    return slope - slope.detach()
 
 
 def _in_memory_like(value: torch.Tensor, out: Any) -> Any:

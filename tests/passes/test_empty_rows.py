@@ -112,6 +112,36 @@ def handmade(fill: float) -> Attend:
     return lambda q, k, v, mask: handmade_weights(q, k, mask, fill) @ v
 
 
+def partly_added(fill: float) -> Attend:
+    """Every second masked logit is a sum, which has a gradient; the others are replaced."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k)
+        even = torch.arange(k.shape[2]) % 2 == 0
+        return torch.where(mask, s, torch.where(even, s + fill, fill)).softmax(-1) @ v
+
+    return attend
+
+
+def added_to_detached(fill: float) -> Attend:
+    """Masked logits are sums without a gradient."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k)
+        return torch.where(mask, s, s.detach() + fill).softmax(-1) @ v
+
+    return attend
+
+
+def added_by_hand(fill: float) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k) + torch.zeros(mask.shape).masked_fill(~mask, fill)
+        e = (s - s.amax(-1, keepdim=True).detach()).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    return attend
+
+
 WAYS: dict[str, Attend] = {
     "masked_fill -inf": filled(-INF),
     "masked_fill finfo.min": filled(MIN),
@@ -122,6 +152,10 @@ WAYS: dict[str, Attend] = {
     "added -inf": added(-INF),
     "added finfo.min": added(MIN),
     "added -1e9": added(-1e9),
+    "added -1e30": added(-1e30),
+    "added finfo.min, some replaced": partly_added(MIN),
+    "added finfo.min to detached": added_to_detached(MIN),
+    "added finfo.min, softmax by hand": added_by_hand(MIN),
     "subtracted 1e9": subtracted,
     "nan_to_num": nan_to_num(),
     "nan_to_num, added": nan_to_num(add=True),
@@ -159,6 +193,8 @@ MUST_FIRE_WITHOUT_GRAD = {
     "masked_fill -1e9",
     "where -inf",
     "where finfo.min",
+    "added finfo.min",
+    "added -1e30",
     "nan_to_num",
     "masked again, -inf",
     "masked again, finite",

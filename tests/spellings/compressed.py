@@ -181,7 +181,36 @@ def weights_times_rows(
     return (weights * some(visible.any(-1, keepdim=True))) @ small_v
 
 
+def added_minimum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    last: int = BLOCK - 1,
+    fill: float = torch.finfo(torch.float32).min,
+    heads: Callable[[Tensor, int], Tensor] = interleave,
+    values: Change = keep,
+) -> Tensor:
+    """A mask of 0 and finfo.min that is added to the logits: the first queries average over all blocks, and their logits have a
+    gradient."""
+    n = k.shape[2]
+    pooled_k, pooled_v = (t.unflatten(2, (-1, BLOCK)).mean(3) for t in (k, v))
+    visible = torch.arange(n)[:, None] >= torch.arange(n // BLOCK) * BLOCK + last
+    bias = torch.zeros(visible.shape).masked_fill(~visible, fill)
+    logits = q @ heads(pooled_k, GROUP).mT * SCALE + bias
+    return logits.softmax(-1) @ heads(values(pooled_v), GROUP)
+
+
 SPELLINGS = (
+    spell(
+        added_minimum,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"last": BLOCK}),
+        Mutant("-30 leaks", {"fill": -30.0}, must_refuse=True),
+        Mutant("heads tiled", {"heads": tile}),
+        Mutant("rolled values", {"values": rolled}),
+        role="compressed",
+    ),
     spell(
         overlapping_means,
         Kind.COMPRESSED,

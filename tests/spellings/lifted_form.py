@@ -32,7 +32,7 @@ def lifted(spelling: Spelling, seed: int) -> str:
     rewrite = Rewriter.rewrite
 
     def record(self: Rewriter, match: Match, *rest: Any) -> None:
-        found.append(describe(self.r, match))
+        found.append(describe(match.reader, match))
         rewrite(self, match, *rest)
 
     function, inputs = spelling.make(seed)
