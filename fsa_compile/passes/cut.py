@@ -115,14 +115,14 @@ def _different_places(r: Reader, raw: NormalForm) -> Refusal:
 def _query_layout(
     r: Reader, n: Node, coords: Coords, targets: tuple[Expr, ...], sizes: tuple[Expr, ...], groups: int
 ) -> Layout | None:
-    """How a node holds queries or outputs ``(b, hq, n, d)``; the heads may be two dimensions, in either order."""
-    plain = find_layout(coords, r.shape(n), targets, sizes)
-    if plain is not None or groups == 1:
-        return plain
-    b, h, i, d = targets
-    bs, hq, ns, ds = sizes
-    split = (b, x.floordiv(h, groups), x.mod(h, groups), i, d)
-    return find_layout(coords, r.shape(n), split, (bs, x.floordiv(hq, groups), x.integer(groups), ns, ds), groups)
+    """How a node holds queries or outputs ``(b, hq, n, d)``; the heads may be two dimensions, in either order, and the queries
+    chunks."""
+    i = targets[2]
+    chunks = {x.constant(t.args[1]) for c in coords for t in x.walk(c) if t.op in ("div", "mod") and t.args[0] is i}
+    heads = ((), ((1, groups),)) if groups > 1 else ((),)
+    queries = ((), *(((2, c),) for c in sorted(c for c in chunks if c is not None)))
+    found = (find_layout(coords, r.shape(n), targets, sizes, (*h, *q)) for h, q in itertools.product(heads, queries))
+    return next((layout for layout in found if layout is not None), None)
 
 
 def _assignments(raw: NormalForm, rows: list[Expr]) -> Iterator[tuple[Expr, Expr, Expr]]:

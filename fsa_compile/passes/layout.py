@@ -1,8 +1,8 @@
 """How the dimensions of a node hold those of a canonical tensor: permuted, folded together, or missing.
 
 The ops take ``(b, h, n, d)``. A model may hold its queries as ``(b, n, h, d)``, ``(b * h, n, d)`` or ``(n, h, d)``, or with the
-query heads as two dimensions in either order. `Layout.to_canonical` and `Layout.from_canonical` turn one into the other with
-views.
+query heads as two dimensions in either order, or the queries as chunks. `Layout.to_canonical` and `Layout.from_canonical` turn one
+into the other with views.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ class Layout:
     """For each dimension of a node, the canonical axes it holds, major first.
 
     ``((0,), (2,), (1,), (3,))`` is BNHD; ``((0, 1), (2,), (3,))`` has the heads folded into the batch; an empty entry is
-    a dimension of size one that holds nothing. With `groups` the axes are ``(b, hkv, g, n, d)``, and the canonical heads are
-    ``hkv * groups + g``.
+    a dimension of size one that holds nothing. `splits` names axes that are counted as two, each with the size of the minor one:
+    ``((1, g),)`` makes the axes ``(b, hkv, g, n, d)``, where the canonical heads are ``hkv * g + group``, and ``((2, c),)`` makes
+    them ``(b, h, chunks, c, d)``.
     """
 
     dims: tuple[tuple[int, ...], ...]
-    groups: int | None = None
+    splits: tuple[tuple[int, int], ...] = ()
 
     @property
     def axes(self) -> int:
         """How many canonical axes `dims` counts."""
-        return 4 if self.groups is None else 5
+        return 4 + len(self.splits)
 
-    def _grouped(self, sizes: Sequence[Any]) -> list[Any]:
-        b, h, n, d = sizes
-        return list(sizes) if self.groups is None else [b, h // self.groups, self.groups, n, d]
+    def _taken_apart(self, sizes: Sequence[Any]) -> list[Any]:
+        minor = dict(self.splits)
+        return [s for a, size in enumerate(sizes) for s in ((size // minor[a], minor[a]) if a in minor else (size,))]
 
     def to_canonical(self, t: Any, sizes: Sequence[Any]) -> Any:
         """View `t` as the canonical tensor of the sizes ``(b, h, n, d)``."""
-        canonical, sizes = sizes, self._grouped(sizes)
+        canonical, sizes = sizes, self._taken_apart(sizes)
         if any(len(d) > 1 for d in self.dims):
             t = t.reshape([sizes[a] for d in self.dims for a in d] if all(self.dims) else self._split(sizes))
         flat = [a for d in self.dims for a in (d or (None,))]
@@ -52,15 +53,15 @@ class Layout:
         for a in range(self.axes):
             if a not in flat:
                 t = t.unsqueeze(a)
-        return t if self.groups is None else t.reshape(list(canonical))
+        return t.reshape(list(canonical)) if self.splits else t
 
     def _split(self, sizes: Sequence[Any]) -> list[Any]:
         return [s for d in self.dims for s in ([sizes[a] for a in d] if d else [1])]
 
     def from_canonical(self, t: Any, sizes: Sequence[Any], shape: Sequence[Any]) -> Any:
         """The canonical tensor of the sizes ``(b, h, n, d)`` as the node of that shape held it."""
-        if self.groups is not None:
-            t = t.reshape(self._grouped(sizes))
+        if self.splits:
+            t = t.reshape(self._taken_apart(sizes))
         flat = [a for d in self.dims for a in d]
         missing = [a for a in range(self.axes) if a not in flat]
         if flat + missing != list(range(self.axes)):
@@ -77,7 +78,7 @@ def find_layout(
     shape: Sequence[Expr],
     targets: Sequence[Expr],
     sizes: Sequence[Expr],
-    groups: int | None = None,
+    splits: tuple[tuple[int, int], ...] = (),
 ) -> Layout | None:
     """The layout in which `coords` are the canonical coordinates `targets`, or None.
 
@@ -88,8 +89,13 @@ def find_layout(
         shape: The sizes of the node.
         targets: The canonical coordinates.
         sizes: The canonical sizes.
-        groups: Query heads per key/value head, where the heads are given as two axes.
+        splits: The axes that count as two, with the size of the minor one, see `Layout`.
     """
+    minor = dict(splits)
+    if any(x.mod(sizes[a], m) is not x.ZERO for a, m in splits):
+        return None
+    targets = [e for a, t in enumerate(targets) for e in ((x.floordiv(t, minor[a]), x.mod(t, minor[a])) if a in minor else (t,))]
+    sizes = [e for a, s in enumerate(sizes) for e in ((x.floordiv(s, minor[a]), x.integer(minor[a])) if a in minor else (s,))]
     left = {k for k, t in enumerate(targets)}
     dims: list[tuple[int, ...]] = []
     for c, extent in zip(coords, shape):
@@ -122,7 +128,7 @@ def find_layout(
         left -= set(held)
     if any(sizes[k] is not x.ONE for k in left):
         return None
-    return Layout(tuple(dims), groups)
+    return Layout(tuple(dims), splits)
 
 
 def _row_major(order: Sequence[int], targets: Sequence[Expr], sizes: Sequence[Expr]) -> Expr:

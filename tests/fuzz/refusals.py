@@ -50,10 +50,6 @@ class Refusal:
 REFUSALS: tuple[Refusal, ...] = (
     # Codes whose step is symbolic are not divided by it.
     Refusal({"selected.membership": "isin", "dynamic": ("mark", "all")}, "selected", "mask: the mask depends on data"),
-    Refusal({"window.form": "slices"}, "window", "operands: the keys that the logits see"),
-    Refusal(
-        {"window.form": "chunks", "window.scale": ("parameter", "q_times_input")}, "window", "operands: the queries have no view"
-    ),
     # The table of rows that are gathered is as long as all blocks of all heads, and no guard says what that has to do with keys.
     Refusal(
         {"selected.form": "gather", "selected.gather": "embedding", "dynamic": ("mark", "all")},

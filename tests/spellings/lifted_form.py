@@ -83,8 +83,8 @@ def _parts(e: Expr) -> str:
 
 
 def _operand(o: Operand) -> str:
-    groups = f" groups {o.layout.groups}" if o.layout.groups else ""
-    return f"{o.node} {o.layout.dims}{groups} {str(o.dtype).removeprefix('torch.')}"
+    splits = "".join(f" {('groups', 'chunks')[axis - 1]} {size}" for axis, size in o.layout.splits)
+    return f"{o.node} {o.layout.dims}{splits} {str(o.dtype).removeprefix('torch.')}"
 
 
 def _by_op(r: Reader, page: str) -> str:

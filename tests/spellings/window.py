@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .spelling import (
     BATCH,
@@ -16,11 +17,14 @@ from .spelling import (
     GROUP,
     HEADS,
     KV_HEADS,
+    QKV,
     QKV_BNHD,
     SCALE,
     Kind,
     Mutant,
+    Spelling,
     flipped,
+    from_module,
     interleave,
     keep,
     rolled,
@@ -188,6 +192,60 @@ def unfolded_keys(
     return torch.einsum("bhiw,bhidw->bhid", logits.softmax(axis), vals)
 
 
+def shifted_slices(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = WINDOW, step: int = 1, first: int = 0, values: Change = keep
+) -> Tensor:
+    """Key and value of each distance, by slices of the padded tensors that are stacked."""
+    n = k.shape[2]
+    k, v = interleave(k, GROUP), interleave(values(v), GROUP)
+    keys, vals = (torch.stack([F.pad(x, (0, 0, back * step, 0))[:, :, :n] for back in range(window)], 3) for x in (k, v))
+    position = torch.arange(n)[:, None] - torch.arange(first, first + window)
+    logits = torch.einsum("bhid,bhiwd->bhiw", q, keys) * SCALE
+    return torch.einsum("bhiw,bhiwd->bhid", logits.masked_fill(position < 0, float("-inf")).softmax(-1), vals)
+
+
+def slices_side_by_side(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = WINDOW, odd: int = 0, heads: Callable[[Tensor, int], Tensor] = interleave
+) -> Tensor:
+    """Padded once; the slices from the farthest to the nearest are joined by `cat`. `odd` moves one of the values' slices."""
+    n = k.shape[2]
+    k, v = (F.pad(heads(x, GROUP), (0, 0, window - 1, 0)) for x in (k, v))
+    starts = [start + odd * (start == 3) for start in range(window)]
+    keys = torch.cat([k[:, :, start : start + n, None] for start in range(window)], 3)
+    vals = torch.cat([v[:, :, start : start + n, None] for start in starts], 3)
+    hidden = torch.arange(n)[:, None] + torch.arange(window) < window - 1
+    logits = (q[:, :, :, None] * SCALE @ keys.mT).squeeze(3).masked_fill(hidden, float("-inf"))
+    return (logits.softmax(-1)[:, :, :, None] @ vals).squeeze(3)
+
+
+class ChunkedQueries(nn.Module):
+    """The queries are normed and scaled in chunks of 8, each of which sees itself and the two before it."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(DIM))
+        self.window: int = changes.get("window", WINDOW)
+        self.chunk: Change = changes.get("chunk", keep)
+        self.back: tuple[int, ...] = changes.get("back", (2, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, size = q.shape[2], 8
+        k, v = (interleave(x, GROUP).unflatten(2, (-1, size)) for x in (k, v))
+        q = F.rms_norm(self.chunk(q.unflatten(2, (-1, size))), (DIM,), self.scale)
+        keys, vals = (torch.cat([*(F.pad(x, (0, 0, 0, 0, back, -back)) for back in self.back), x], 3) for x in (k, v))
+        place = torch.arange(n).view(-1, size)
+        key = place[:, :1] - 2 * size + torch.arange(3 * size)
+        distance = place[..., None] - key[:, None]
+        visible = (distance >= 0) & (distance < self.window) & (key >= 0)[:, None]
+        logits = (q @ keys.mT * SCALE).masked_fill(~visible, float("-inf"))
+        return (logits.softmax(-1) @ vals).flatten(2, 3)
+
+
+def next_chunk(x: Tensor) -> Tensor:
+    """(b, h, chunks, size, d) with its chunks moved by one."""
+    return x.roll(1, 2)
+
+
 SPELLINGS = (
     spell(
         band,
@@ -252,5 +310,33 @@ SPELLINGS = (
         Mutant("scale dropped", {"scale": 1.0}),
         Mutant("softmax over queries", {"axis": 2}, must_refuse=True),
         role="sliding_window",
+    ),
+    spell(
+        shifted_slices,
+        Kind.WINDOW,
+        Mutant("window 15", {"window": WINDOW - 1}),
+        Mutant("every other key", {"step": 2}, must_refuse=True),
+        Mutant("padding is seen", {"first": -1}, must_refuse=True),
+        Mutant("rolled values", {"values": rolled}),
+        role="sliding_window",
+    ),
+    spell(
+        slices_side_by_side,
+        Kind.WINDOW,
+        Mutant("window 17", {"window": WINDOW + 1}),
+        Mutant("one slice of the values is another", {"odd": 1}, must_refuse=True),
+        Mutant("heads tiled", {"heads": tile}),
+        role="sliding_window",
+    ),
+    Spelling(
+        "chunked_queries",
+        Kind.WINDOW,
+        from_module(ChunkedQueries, QKV),
+        ("sliding_window",),
+        (
+            Mutant("window 15", {"window": WINDOW - 1}),
+            Mutant("queries of the next chunk", {"chunk": next_chunk}),
+            Mutant("chunks in another order", {"back": (1, 2)}, must_refuse=True),
+        ),
     ),
 )
