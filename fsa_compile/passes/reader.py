@@ -210,7 +210,7 @@ class Reader:
                 r = None
             if r is not None and is_real(n):
                 r = self._settle(r, n, coords, mode)
-            if r is not None and exact(r, dtype(n)):
+            if r is not None and (mode is Mode.SCORE or exact(r, dtype(n))):
                 return r
         if n.name in self.buffers and not (is_real(n) and mode is Mode.OPERAND):
             form = self.buffers[n.name].content.form

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fsa_compile
 
 from .harness import Trial, assert_bfloat16_as_exact_as_baseline, assert_same, by_module, compare
 from .subjects import dense_nsa, dense_nsa_example
@@ -46,3 +49,15 @@ def test_the_example_runs_as_a_script() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "times faster" in done.stdout and "attention sites" in done.stderr
+
+
+def test_scores_in_bfloat16_are_fused() -> None:
+    """The overlaps of keys and blocks are integers that bfloat16 holds, although their ingredients, positions, are not."""
+    torch.manual_seed(0)
+    model = dense_nsa_example().DenseNSA(dim=64, heads=4, kv_heads=2, dim_head=16, block=64, topk=6, window=64).bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fsa", options={"inner": "eager", "profit": "always", "strict": True})
+    with torch.no_grad():
+        compiled(torch.randn(1, 1024, 64, dtype=torch.bfloat16))
+    selections = [s.selection for s in fsa_compile.last_report().sites if s.role == "selected"]
+    assert [s.fused for s in selections] == [True], selections

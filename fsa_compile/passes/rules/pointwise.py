@@ -88,6 +88,8 @@ def _cast(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 def converted(r: Reader, n: Node, source: Node, c: Coords, m: Mode) -> Expr | None:
     """An element of `source` in the dtype of `n`."""
     e = r.read(source, r.align(source, c), m)
+    if m is Mode.SCORE and is_real(n) and is_int(source):
+        return x.from_int(e)  # a weight; how it is rounded does not matter in real arithmetic
     if dtype(n) == torch.bool or not is_real(source):
         unbounded = is_int(n) and is_int(source) and torch.iinfo(dtype(n)).bits < torch.iinfo(dtype(source)).bits
         return None if unbounded and (math.isinf(e.lo) or math.isinf(e.hi)) else r.coerce(n, e)
