@@ -21,7 +21,7 @@ from .lift import lift
 from .nodes import op_name
 from .normal_form import SAFE
 from .prove import Prover
-from .reader import Reader
+from .reader import Reader, SOFTMAXES
 from .refusal import Refusal
 from .sites import SiteNodes, dropout_between
 from .visibility import prove_no_empty_row
@@ -191,11 +191,6 @@ def _empty_rows(
         raise Refusal(
             ReasonKind.EMPTY_ROWS,
             "a query may see no key, and a finite fill then averages over gathered or padded keys",
-        )
-    if added_gradient:
-        raise Refusal(
-            ReasonKind.GRADIENT,
-            "a query may see no key, and an added finite fill then has a gradient that the op would drop",
         )
     if form.additive and not _forgets_logits(form):
         raise Refusal(
