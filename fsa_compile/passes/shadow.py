@@ -87,8 +87,6 @@ class _Recorder(fx.Interpreter):
         call = flex_call(n)
         if call is not None:
             return self._flex(call)
-        if dg.target_name(n) == "scaled_dot_product_attention":
-            _one_length(n)
         if dg.target_name(n) in dg.CONTRACTIONS and isinstance(dg.value(n), torch.Tensor):
             return self._contract(n, dg.value(n).dtype)  # type: ignore[union-attr]
         return super().run_node(n)
@@ -144,6 +142,9 @@ def trace(gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> Sh
     fake = next((t for t in tree_leaves(given) if isinstance(t, FakeTensor)), None)
     if fake is None:
         return None
+    for n in inside:  # not while tracing, where a comparison of sizes would be a node
+        if dg.target_name(n) == "scaled_dot_product_attention":
+            _one_length(n)
     recorder = _Recorder(gm, inside, inputs)
     grad = torch.is_grad_enabled()
     with warnings.catch_warnings(), torch._guards.tracing(None), fake.fake_mode, enable_python_dispatcher():
