@@ -294,8 +294,14 @@ def _between(operands: tuple[Node, ...], output: Node) -> set[Node]:
     return reached
 
 
+_CREATES = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+"""Calls that take nothing but shape and dtype from a tensor."""
+
+
 def _is_real(n: Node) -> bool:
     v = dg.value(n)
+    if dg.target_name(n) in _CREATES:
+        return False
     return not isinstance(v, torch.Tensor) or v.is_floating_point()
 
 

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from . import expr as x
 from . import handmade
 from .buffers import Buffer
+from .closed_form import ClosedForm, fit
 from .expr import Expr
 from .nodes import axis, constant_factor, dtype, exact, is_real, is_tensor, literal, op_name, rank, rounded
 from .sizes import Sizes
@@ -145,6 +146,7 @@ class Reader:
         self._memo: dict[tuple, Expr] = {}
         self._shapes: dict[Node, tuple[Expr, ...]] = {}
         self._probabilities: dict[Node, bool] = {}
+        self._literals: dict[Node, ClosedForm | None] = {}
         self._handmade: dict[Node, handmade.Normalised | None] = {}
 
     # -- sizes
@@ -223,6 +225,11 @@ class Reader:
             constant = _small_constant(self.graph_module, n)
             if constant is not None:
                 return literal(constant, dtype(n))
+            if n not in self._literals:
+                self._literals[n] = _literal_form(self.graph_module, n)
+            form = self._literals[n]
+            if form is not None:
+                return form.at(coords)
         return self.leaf(n, coords)
 
     def _settle(self, e: Expr, n: Node, coords: Coords, mode: Mode) -> Expr:
@@ -379,6 +386,14 @@ def _small_constant(gm: GraphModule, n: Node) -> Any:
     t = getattr(gm, str(n.target), None)
     t = getattr(t, "constant", t) if type(t).__name__ == "FakeTensor" else t
     return t.item() if type(t) is torch.Tensor and t.device.type != "meta" else None
+
+
+def _literal_form(gm: GraphModule, n: Node) -> ClosedForm | None:
+    """The closed form of ``torch.tensor([...])``, which tracing bakes in and copies at each use."""
+    t = getattr(gm, str(n.target), None)
+    if type(t) is not torch.Tensor or t.device.type == "meta" or any(op_name(u) != "lift_fresh_copy" for u in n.users):
+        return None
+    return fit(t)
 
 
 def load_rules() -> None:

@@ -334,6 +334,15 @@ def no_grad_between_the_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return logit.masked_fill(~mask, -INF).softmax(-1) @ v
 
 
+def no_grad_around_an_additive_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The mask takes its shape from scores of q and k, and no value."""
+    with torch.no_grad():
+        scores = q @ k.unflatten(2, (-1, BLOCK)).mean(3).mT
+        bias = torch.full_like(scores, -INF).scatter_(-1, choose(q, k), 0.0).repeat_interleave(BLOCK, -1)
+        bias = bias.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), -INF)
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+
 CUTS = (
     detached_probabilities,
     detached_logits,
@@ -358,6 +367,7 @@ CUTS = (
     enable_grad_inside_no_grad,
     no_grad_around_mask_and_list,
     no_grad_between_the_steps,
+    no_grad_around_an_additive_mask,
 )
 STILL_FIRES = {
     detached_query: "sliding_window",
@@ -368,6 +378,7 @@ STILL_FIRES = {
     no_grad_around_the_whole: "sliding_window",
     no_grad_around_mask_and_list: "selected",
     no_grad_between_the_steps: "selected",
+    no_grad_around_an_additive_mask: "selected",
 }
 MUST_NOT_FIRE = (
     detached_probabilities,

@@ -201,7 +201,35 @@ def added_minimum(
     return logits.softmax(-1) @ heads(values(pooled_v), GROUP)
 
 
+def ends_written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    first: int = BLOCK - 1,
+    another: int = 0,
+    sees: Comparison = operator.le,
+    values: Change = keep,
+) -> Tensor:
+    """Where blocks end, as a list of numbers made by Python."""
+    n = k.shape[2]
+    ends = [first + start for start in range(0, n, BLOCK)]
+    ends[3] += another
+    visible = sees(torch.tensor(ends), torch.arange(n)[:, None])
+    pooled_k, pooled_v = (t.unflatten(2, (-1, BLOCK)).mean(3).repeat_interleave(GROUP, 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, pooled_k, values(pooled_v), attn_mask=visible)
+
+
 SPELLINGS = (
+    spell(
+        ends_written_out,
+        Kind.COMPRESSED,
+        Mutant("one token later", {"first": BLOCK}),
+        Mutant("one block a token later", {"another": 1}, must_refuse=True),
+        Mutant("strict", {"sees": operator.lt}),
+        Mutant("rolled values", {"values": rolled}),
+        role="compressed",
+    ),
     spell(
         added_minimum,
         Kind.COMPRESSED,
