@@ -17,7 +17,7 @@ def parse(given, **kwargs):
 
 def test_nothing_given_is_the_default():
     assert parse(None) == (Options(), {})
-    assert Options() == Options("inductor", False, "off", (), (), "auto", 2.0)
+    assert Options() == Options("inductor", False, "off", (), (), "auto", "fused", 2.0)
 
 
 def test_ours_and_inductors_are_told_apart():
