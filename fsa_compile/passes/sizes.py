@@ -59,7 +59,7 @@ class Sizes:
         if self._assumptions is None:
             relations = [g.expr for g in self._env.guards]
             formulas = [self._relation(s) for s in relations if isinstance(s, sympy.core.relational.Relational)]
-            formulas += [self._within(s) for s in self._equalities()]
+            formulas += [self._within(s) for s in self._equalities() if s.is_Symbol]
             self._assumptions = [f for f in formulas if f is not x.TRUE]
         return self._assumptions
 
@@ -85,15 +85,15 @@ class Sizes:
         return above if math.isinf(hi) else x.conj(above, x.at_least(x.integer(int(hi)), e))
 
     def _equalities(self) -> dict[Any, Any]:
-        """The symbols that guards make equal to something else, so that keys and values of inputs with lengths of their own have
-        one length: ``s2 == 4 * (s1 // 4)`` where both are made of ``s1 // 4`` blocks."""
+        """What guards make equal to something else, so that keys and values of inputs with lengths of their own have one length:
+        ``s2 == 4 * (s1 // 4)`` where both are made of ``s1 // 4`` blocks, ``s1 // 4 == s2 // 4`` where they are pooled."""
         if self._equal is None:
             self._equal = {}
             for relation in [g.expr for g in self._env.guards if isinstance(g.expr, sympy.Eq)]:
                 a, b = (self._env.replace(e).xreplace(self._equal) for e in relation.args)
-                symbol, other = (a, b) if a.is_Symbol else (b, a)
-                if symbol.is_Symbol and symbol not in other.free_symbols:
-                    self._equal = {s: e.xreplace({symbol: other}) for s, e in self._equal.items()} | {symbol: other}
+                old, new = (a, b) if a.is_Symbol or not b.is_Symbol else (b, a)
+                if not (old.is_number or new.is_number or old.has(new) or new.has(old)):
+                    self._equal = {s: e.xreplace({old: new}) for s, e in self._equal.items()} | {old: new}
         return self._equal
 
     def _translate(self, s: Any) -> Expr:

@@ -56,9 +56,21 @@ REFUSALS: tuple[Refusal, ...] = (
         "selected",
         "operands: the keys that the logits see",
     ),
-    # Keys and values of two inputs, each with a length of its own, meet in no op that checks them before the attention.
+    # What is left of the cases of inf + score in "best == -inf" is no tensor of the model, and the rewrite computes no scores.
     Refusal(
-        {"dynamic": "mark", "entry": "heads", "compressed.kind": "avg_pool"}, "compressed", "operands: the keys that the logits see"
+        {
+            "selected.form": "gather",
+            "selected.force": "add",
+            "selected.padding": "minus",
+            "selected.unused": "score",
+            "selected.scores": ("pooled", "keys_max"),
+        },
+        "selected",
+        "mask: the block list holds",
+    ),
+    # Keys and values of two inputs, each with a length of its own, meet in no op that compares them: each query gathers its own.
+    Refusal(
+        {"dynamic": "mark", "entry": "heads", "window.form": "positions"}, "window", "operands: the keys that the logits see"
     ),
     # Heads of inputs have no number when all sizes are dynamic, and the ops want to know which heads share keys.
     Refusal(

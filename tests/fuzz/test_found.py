@@ -33,6 +33,11 @@ FOUND: dict[str, dict[str, Option]] = {
     },
     "an embedding of computed rows was not looked through": {"selected.form": "gather", "selected.gather": "embedding"},
     "guards that make two lengths equal were not used": {"selected.form": "gather", "dynamic": "mark"},
+    "nor those that make equally many blocks of both": {
+        "branches": "compressed",
+        "compressed.kind": "conv",
+        "dynamic": "mark",
+    },
     "the fake SDPA does not compare the lengths of keys and values": {"selected.product": "sdpa", "dynamic": "mark"},
     "an entry at a pinned coordinate was not found in the user's list": {
         "selected.padding": "minus",
