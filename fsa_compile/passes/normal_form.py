@@ -248,6 +248,7 @@ def _masked_product(
     """
     additive = False
     masked: list[list[Term]] = []
+    rows: list[tuple[Expr, float]] = []
     visible: list[Expr] = []
     fills: set[float] = set()
     products: set[Term] = set()
@@ -266,6 +267,9 @@ def _masked_product(
             fills.add(shift)
             additive |= bool(data)
             masked.append([t for t in data if jv in t.rest.free])
+            continue
+        if not data and jv not in condition.free:
+            rows.append((condition, shift))
             continue
         if shift < 0 and not data:
             raise Refusal(
@@ -286,7 +290,22 @@ def _masked_product(
     if len(shifts) != 1:
         raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
     (product,) = products
+    if rows:
+        return *_refilled(rows, x.disj(*visible), jv), False, False, product
     return x.disj(*visible), frozenset(fills), additive, all(keyed == [product] for keyed in masked), product
+
+
+def _refilled(rows: list[tuple[Expr, float]], visible: Expr, jv: Expr) -> tuple[Expr, frozenset[float]]:
+    """Rows that get a constant after the mask, ``where(mask.any(-1, keepdim=True), logits, 0)``: what is visible, and the constant.
+
+    If these are the rows without a visible key, then what masked logits get plays no part in them.
+    """
+    constants = frozenset(c for _, c in rows)
+    some = x.negate(x.disj(*(g for g, _ in rows)))
+    inside = x.conj(*(g for g in (visible.args if visible.op == "and" else (visible,)) if g is not some))
+    if len(constants) != 1 or not _some_visible(some, inside, jv):
+        raise Refusal(ReasonKind.LOGITS, "whole rows of logits are replaced by a constant, and not just those without a visible key")
+    return inside, constants
 
 
 def _masks(t: Term, threshold: float) -> bool:
@@ -299,6 +318,8 @@ def _factors_of(e: Expr) -> tuple[Expr, ...]:
 
 
 def _logit_text(other: Expr | None, keyed: list[Term]) -> str:
+    if other is not None and other.op == "load" and len(keyed) == 1:
+        return f"the logits are a run-time value ({other.args[0]}), not scale * <q, k>"
     if other is not None and other.op == "load":
         return f"a run-time value ({other.args[0]}) stands in the logits beside scale * <q, k>"
     if len(keyed) > 1:

@@ -108,6 +108,17 @@ def handmade_weights(q: Tensor, k: Tensor, mask: Tensor, fill: float) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
+def refilled(value: float, *, again: bool = False, others: int = 0) -> Attend:
+    """-inf, and then a number in whole rows that see nothing; `others`: or see nothing but the first keys."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = scores(q, k).masked_fill(~mask, -INF)
+        p = s.masked_fill(~mask[..., others:].any(-1, keepdim=True), value).softmax(-1)
+        return (p * mask if again else p) @ v
+
+    return attend
+
+
 def handmade(fill: float) -> Attend:
     return lambda q, k, v, mask: handmade_weights(q, k, mask, fill) @ v
 
@@ -157,6 +168,10 @@ WAYS: dict[str, Attend] = {
     "added finfo.min to detached": added_to_detached(MIN),
     "added finfo.min, softmax by hand": added_by_hand(MIN),
     "subtracted 1e9": subtracted,
+    "rows refilled with 0": refilled(0.0),
+    "rows refilled with 3": refilled(3.0),
+    "rows refilled, multiplied": refilled(0.0, again=True),
+    "more rows refilled": refilled(0.0, others=4),
     "nan_to_num": nan_to_num(),
     "nan_to_num, added": nan_to_num(add=True),
     "nan_to_num, finite": nan_to_num(-1e9),
@@ -195,6 +210,9 @@ MUST_FIRE_WITHOUT_GRAD = {
     "where finfo.min",
     "added finfo.min",
     "added -1e30",
+    "rows refilled with 0",
+    "rows refilled with 3",
+    "rows refilled, multiplied",
     "nan_to_num",
     "masked again, -inf",
     "masked again, finite",
