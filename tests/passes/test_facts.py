@@ -74,12 +74,15 @@ class FactOracle(Oracle):
         return holds.long().argmax(-1)
 
 
-def assert_hold(reading: Reading, facts: Iterable[Expr], axes: tuple[Expr, ...]) -> int:
-    """Every fact is true on the data of the reading, for all values of the axes; how many there were."""
+def assert_hold(reading: Reading, facts: Iterable[Expr], axes: tuple[Expr, ...], ranked: bool = True) -> int:
+    """Every fact is true on the data of the reading, for all values of the axes; how many there were.
+
+    `ranked`: also with NaN as the largest number. Not where `nan_to_num` is read: the NaN is gone before anything ranks it.
+    """
     facts = list(facts)
     variables = [x.as_var(a) for a in axes]
     memberships = {e for f in (*facts, reading.expression) for e in x.walk(f) if e.op == "exists"}
-    for values in (reading.values, {k: _nan_largest(v) for k, v in reading.values.items()}):
+    for values in (reading.values, {k: _nan_largest(v) for k, v in reading.values.items()})[: 1 + ranked]:
         view = Reading(reading.reader, reading.node, reading.expression, reading.axes, reading.eager, values)
         oracle = FactOracle(
             variables,
