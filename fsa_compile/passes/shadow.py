@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,15 @@ class Shadow:
 class _Recorder(fx.Interpreter):
     """Runs a slice of the Dynamo graph and remembers every tensor it makes."""
 
-    def __init__(self, gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> None:
+    def __init__(self, gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node], numbers: Mapping[Node, float]) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.inside, self.inputs = inside, inputs
+        self.inside, self.inputs, self.numbers = inside, inputs, numbers
         self.made: list[tuple[Node, torch.Tensor]] = []
         self.flex: list[FlexCall] = []
 
     def run_node(self, n: Node) -> Any:
+        if n in self.numbers:
+            return self.numbers[n]
         call = flex_call(n)
         if call is not None:
             return self._flex(call)
@@ -113,13 +115,19 @@ class _Recorder(fx.Interpreter):
 
     def trace(self, *args: Any) -> tuple[torch.Tensor, ...]:
         self.flex = []
-        self.env = dict(zip(self.inputs, args))
+        self.env = {**dict(zip(self.inputs, args)), **{n: v for n, v in self.numbers.items() if n in self.inputs}}
         self.made = [(n, a) for n, a in self.env.items() if isinstance(a, torch.Tensor)]
         for n in self.inside:
             r = self.env[n] = self.run_node(n)
             if isinstance(r, torch.Tensor):
                 self.made.append((n, r))
         return tuple(t for _, t in self.made)
+
+
+def _backed_float(n: Node) -> torch.SymFloat | None:
+    """A Python float of the model that ``dynamic=True`` made an input. Taking its value guards it: another value compiles again."""
+    value = dg.value(n)
+    return value if dg.target_name(n) == "item" and isinstance(value, torch.SymFloat) and value.node.has_hint() else None
 
 
 def _one_length(n: Node) -> None:
@@ -145,7 +153,8 @@ def trace(gm: GraphModule, inside: Sequence[Node], inputs: Sequence[Node]) -> Sh
     for n in inside:  # not while tracing, where a comparison of sizes would be a node
         if dg.target_name(n) == "scaled_dot_product_attention":
             _one_length(n)
-    recorder = _Recorder(gm, inside, inputs)
+    floats = ((n, _backed_float(n)) for n in (*inside, *inputs))
+    recorder = _Recorder(gm, inside, inputs, {n: float(s) for n, s in floats if s is not None})
     grad = torch.is_grad_enabled()
     with warnings.catch_warnings(), torch._guards.tracing(None), fake.fake_mode, enable_python_dispatcher():
         warnings.simplefilter("ignore")
