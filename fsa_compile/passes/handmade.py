@@ -1,7 +1,8 @@
 """Softmaxes written by hand: weights ``e = exp(y)``, perhaps masked, divided by their sum, before or after ``@ v``; or the
 exponential of ``log_softmax(y)`` or of ``y - logsumexp(y)``.
 
-A weight of zero is a logit of -inf, so the logit of a masked weight is a case tree: ``y`` where the mask lets it through.
+A weight of zero is a logit of -inf, so the logit of a masked weight is a case tree: ``y`` where the mask lets it through. A
+weight times a positive number c is a logit plus log(c), which drops out where all visible keys of a row have the same.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def logit(r: Reader, n: Node, c: Coords) -> Expr:
     """The logit behind element `c` of the weights `n`.
 
     Raises:
-        Unreadable: If the weights are masked by something that is not zero or one.
+        Unreadable: If the weights are multiplied by something that is not zero or a positive number, which adds its logarithm.
     """
     from .nodes import is_tensor, op_name
     from .reader import Mode, Unreadable
@@ -147,9 +148,9 @@ def logit(r: Reader, n: Node, c: Coords) -> Expr:
 
         def leaf(t: Expr) -> Expr:
             # Adding -inf, not replacing by it: the gradient of a masked weight is a product with zero, NaN for an empty row.
-            if t.op != "const" or t.args[0] not in (0, 1):
+            if t.op != "const" or not 0 <= t.args[0] < math.inf:
                 raise Unreadable(f"{n.name}: weights multiplied by something that is not a mask")
-            return inner if t.args[0] else x.add_to_infinity(inner)
+            return x.add_reals(inner, x.real(math.log(t.args[0]))) if t.args[0] else x.add_to_infinity(inner)
 
         return x.map_cases(r.coerce(n, r.operand(n, mask, c, Mode.VALUE)), leaf)
     step = r.move(n, c, Mode.FORMULA)

@@ -246,13 +246,9 @@ def _masked_product(
 
     Terms free of the key shift a whole row and drop out of the softmax, if every visible key of the row gets them.
     """
-    additive = False
-    masked: list[list[Term]] = []
+    masked: list[tuple[Expr, float, list[Term]]] = []
     rows: list[tuple[Expr, float]] = []
-    visible: list[Expr] = []
-    fills: set[float] = set()
-    products: set[Term] = set()
-    shifts: set[tuple[float, frozenset[Term]]] = set()
+    seen: list[tuple[Expr, Term, tuple[float, frozenset[Term]]]] = []
     for condition, leaf in x.cases(logit):
         summands = list(terms(r, leaf, jv))
         constants = [t for t in summands if t.rest.op == "const" and not t.factors]
@@ -264,9 +260,7 @@ def _masked_product(
                 "masked logits are multiplied by a run-time value: what becomes of the mask depends on its sign and size",
             )
         if shift <= threshold:
-            fills.add(shift)
-            additive |= bool(data)
-            masked.append([t for t in data if jv in t.rest.free])
+            masked.append((condition, shift, data))
             continue
         if not data and jv not in condition.free:
             rows.append((condition, shift))
@@ -280,19 +274,30 @@ def _masked_product(
         if any(t.rest.op != "dot" for t in keyed) or len(keyed) != 1:
             other = next((t.rest for t in keyed if t.rest.op != "dot"), None)
             raise Refusal(ReasonKind.LOGITS, _logit_text(other, keyed))
-        products.add(keyed[0])
         if not math.isfinite(shift):
             raise Refusal(ReasonKind.LOGITS, f"{shift} is added to the logits")
-        shifts.add((shift, frozenset(t for t in data if t not in keyed)))
-        visible.append(condition)
+        seen.append((condition, keyed[0], (shift, frozenset(t for t in data if t not in keyed))))
+    # Nested masks leave cases whose conditions exclude one another.
+    if len({case[1:] for case in seen}) > 1:
+        seen = [case for case in seen if _possible(case[0])]
+    if len({fill for _, fill, _ in masked}) > 1:
+        masked = [case for case in masked if _possible(case[0])]
+    products, shifts = {product for _, product, _ in seen}, {shift for _, _, shift in seen}
     if len(products) != 1:
         raise Refusal(ReasonKind.LOGITS, f"the logits hold {len(products)} different products of queries and keys")
     if len(shifts) != 1:
         raise Refusal(ReasonKind.LOGITS, "some keys of a row get a term in their logits that others do not")
     (product,) = products
+    visible, fills = x.disj(*(condition for condition, _, _ in seen)), frozenset(fill for _, fill, _ in masked)
     if rows:
-        return *_refilled(rows, x.disj(*visible), jv), False, False, product
-    return x.disj(*visible), frozenset(fills), additive, all(keyed == [product] for keyed in masked), product
+        return *_refilled(rows, visible, jv), False, False, product
+    in_sums = all([t for t in data if jv in t.rest.free] == [product] for _, _, data in masked)
+    return visible, fills, any(data for _, _, data in masked), in_sums, product
+
+
+def _possible(condition: Expr) -> bool:
+    """Whether a condition may hold somewhere."""
+    return solve([], x.negate(condition), 200) is not None
 
 
 def _refilled(rows: list[tuple[Expr, float]], visible: Expr, jv: Expr) -> tuple[Expr, frozenset[float]]:

@@ -231,6 +231,22 @@ def per_query_head(
 STRICT = {"sees": operator.gt}
 """Instead of `i >= j`: the first query sees nothing, which no op answers as the user's softmax does."""
 
+def inverse_of_a_share(
+    q: Tensor, k: Tensor, v: Tensor, *, odd: float = 1.0, sees: Comparison = operator.ge, values: Change = keep
+) -> Tensor:
+    """Weights by hand, divided by how likely their key was to be picked: 1 + 1e-6 for all that are, so it cancels. `odd` is the
+    share of the odd keys."""
+    n = k.shape[2]
+    position = torch.arange(n)
+    indices = choose_blocks(q, k, force_own=True)
+    picked = torch.zeros(*indices.shape[:3], n // BLOCK).scatter_(-1, indices, 1.0).clamp(0.0, 1.0).repeat_interleave(BLOCK, -1)
+    picked = picked * sees(position[:, None], position).float() * torch.where(position % 2 == 1, odd, 1.0)
+    picked = picked.repeat_interleave(GROUP, 1)
+    logits = q @ k.repeat_interleave(GROUP, 1).mT * SCALE + torch.full((n, n), torch.finfo(q.dtype).min).triu(1)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * (1.0 / (picked + 1e-6) * (picked != 0))
+    return weights @ values(v).repeat_interleave(GROUP, 1) / weights.sum(-1, keepdim=True)
+
+
 SPELLINGS = (
     spell(
         scatter_then_index,
@@ -257,6 +273,14 @@ SPELLINGS = (
         Mutant("two blocks", {"topk": 2}),
         Mutant("heads tiled", {"group_axis": 2}),
         shapes=QKV_BNHD,
+    ),
+    spell(
+        inverse_of_a_share,
+        Kind.S1,
+        Mutant("odd keys count twice", {"odd": 0.5}, must_refuse=True),
+        Mutant("strict causality", {"sees": operator.gt}),
+        Mutant("no share for odd keys", {"odd": 0.0}, must_refuse=True),
+        Mutant("flipped values", {"values": flipped}),
     ),
     spell(
         softmax_by_hand,

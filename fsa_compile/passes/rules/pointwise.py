@@ -290,11 +290,22 @@ def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
         return x.scaled(a, 1 / b.args[0])
 
     def leaf(p: Expr, q: Expr) -> Expr:
+        if p.op == q.op == "const" and q.args[0]:
+            return x.real(p.args[0] / q.args[0])
         if m is not Mode.FORMULA:
             return x.opaque("div", p, q)
         return r.product(n, "div", c, [(n.args[0], p, p is a), (n.args[1], q, q is b)])
 
     return x.map_cases(a, lambda p: x.map_cases(b, lambda q: leaf(p, q)))
+
+
+@values("reciprocal")
+def _reciprocal(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Of numbers other than zero."""
+    a = r.coerce(n, r.read(n.args[0], c, m))
+    if any(t.op != "const" or not t.args[0] for _, t in x.cases(a)):
+        return None
+    return x.map_cases(a, lambda t: x.real(1 / t.args[0]))
 
 
 @values("neg", "negative")
@@ -332,12 +343,19 @@ def _remainder(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("clamp", "clamp_min", "clamp_max", "clip")
 def _clamp(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    """Of integers, and of constants."""
     name = op_name(n)
     lo = argument(n, 1, "min") if name != "clamp_max" else None
     hi = argument(n, 1, "max") if name == "clamp_max" else argument(n, 2, "max") if name != "clamp_min" else None
-    if not is_int(n) or not all(v is None or isinstance(v, int) for v in (lo, hi)):
+    if not all(v is None or isinstance(v, (int, float) if is_real(n) else int) for v in (lo, hi)):
         return None
-    return x.clamp(r.read(n.args[0], c, m), lo, hi)
+    e = r.read(n.args[0], c, m)
+    if is_int(n):
+        return x.clamp(e, lo, hi)
+    if any(t.op != "const" or math.isnan(t.args[0]) for _, t in x.cases(e)):
+        return None
+    low, high = (other if v is None else rounded(v, dtype(n)) for v, other in ((lo, -math.inf), (hi, math.inf)))
+    return x.map_cases(e, lambda t: x.real(min(max(t.args[0], low), high)))
 
 
 @values("minimum", "maximum")
