@@ -157,6 +157,9 @@ class _Held:
 
     def __init__(self, r: Reader, shadow: Shadow, mapping: dict[Expr, Expr]) -> None:
         self.mapping = mapping
+        self.sums = {
+            x.substitute(e, mapping): x.load(n.name, (x.substitute(c, mapping) for c in at)) for e, (n, at) in r.sums.items()
+        }
         self.holders: dict[Expr, tuple[Node, tuple[Expr, ...]]] = {}
         best: dict[Expr, int] = {}
         for e, everywhere in r.origins.items():
@@ -179,6 +182,8 @@ class _Held:
         def go(t: object) -> object:
             if isinstance(t, tuple):
                 return tuple(go(y) for y in t)
+            if isinstance(t, Expr) and t in self.sums:
+                return self.sums[t]
             if not isinstance(t, Expr) or t.sort == x.REAL or not t.free or t.op == "var":
                 return t
             if t not in memo:

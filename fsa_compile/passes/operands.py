@@ -87,6 +87,8 @@ def _in_series(r: Reader, n: Node, coords: Coords) -> list[Step]:
         parts, extent, inside = list(n.args[0]), x.ONE, coords[:d] + coords[d + 1 :]
     else:
         parts = nonempty(r, n.args[0])
+        if not parts:
+            return []
         extent = r.shape(parts[0])[d]
         inside = at(coords, d, x.var(f"{n.name}.within", extent) if extent is not x.ONE else x.ZERO)
     size = x.constant(extent)

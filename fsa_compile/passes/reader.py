@@ -137,6 +137,8 @@ class Reader:
         """For each contraction: its factors as (node, coordinates)."""
         self.products: dict[Expr, tuple[tuple[Node, Coords] | None, ...]] = {}
         """For each product or quotient that was not opened: where its two factors were read, each as one value."""
+        self.sums: dict[Expr, tuple[Node, Coords]] = {}
+        """For each contraction that is compared: the element of the graph that it is."""
         self.tops: dict[str, tuple[Node, int]] = {}
         """For each top-k or sort whose indices were read: its node and axis, by name."""
         self.unread: dict[str, int] = {}
@@ -240,6 +242,8 @@ class Reader:
                 return x.real(rounded(t.args[0], dtype(n)))
             if mode is Mode.SCORE:
                 return t
+            if t.op == "dot" and mode is Mode.VALUE:
+                self.sums.setdefault(t, (n, coords))
             if t.op in ("scaled", "add", "opaque") and not x.is_infinite(t) and t.args[0] not in NAMED:
                 counts = any(y.op == "float" for y in x.walk(t))  # arithmetic on positions that is not exact
                 return self.leaf(n, coords) if counts or mode is Mode.VALUE else t

@@ -138,14 +138,15 @@ def difference(a: Outcome, b: Outcome) -> tuple[float, str]:
     return worst, where
 
 
-def check(model: Model, seed: int = 0) -> Verdict:
+def check(model: Model, seed: int = 0, backend: str = "fsa") -> Verdict:
     """Compile the model and compare it with eager, for dynamic models at a second length as well."""
     torch._dynamo.reset()
     subject = Subject(model, seed)
     dtype = getattr(torch, model.dtype)
     module = subject.module(dtype)
     dynamic = True if model.dynamic == "all" else None
-    compiled = torch.compile(module, backend="fsa", fullgraph=True, dynamic=dynamic, options=OPTIONS)
+    options = OPTIONS if backend == "fsa" else None
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic, options=options)
     error, wrong, report = 0.0, "", None
     seconds = 0.0
     for extra in (0, 16) if model.dynamic != "static" else (0,):

@@ -56,18 +56,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "selected",
         "operands: the keys that the logits see",
     ),
-    # What is left of the cases of inf + score in "best == -inf" is no tensor of the model, and the rewrite computes no scores.
-    Refusal(
-        {
-            "selected.form": "gather",
-            "selected.force": "add",
-            "selected.padding": "minus",
-            "selected.unused": "score",
-            "selected.scores": ("pooled", "keys_max"),
-        },
-        "selected",
-        "mask: the block list holds",
-    ),
     # Keys and values of two inputs, each with a length of its own, meet in no op that compares them: each query gathers its own.
     Refusal(
         {"dynamic": "mark", "entry": "heads", "window.form": "positions"}, "window", "operands: the keys that the logits see"
@@ -79,15 +67,30 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal({"dynamic": "all", "entry": "heads", "selected.product": "sdpa"}, "selected", "shape: the head dimension is dynamic"),
     Refusal({"dynamic": "all", "entry": "heads"}, "window", "shape: the number of heads is dynamic"),
     Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "shape: the number of heads is dynamic"),
+    # The score of an entry is compared where the entries of all rows stand in one pool: no tensor of the model holds the result.
+    Refusal(
+        {
+            "selected.membership": "isin",
+            "selected.padding": ("sentinel", "minus"),
+            "selected.unused": "score",
+            "selected.scores": ("keys_max", "pooled"),
+        },
+        "selected",
+        "mask: the block list holds dot",
+    ),
     # Scores from outside have a number of blocks of their own. That no block lies behind the keys is then not known, so a query
     # may see none; that matters where its row has to be known, and where blocks are gathered.
     *(
-        Refusal({"dynamic": ("mark", "all"), "selected.scores": "input", "selected.rule": ("listed", "diagonal")} | others, "selected", reason)
+        Refusal(
+            {"dynamic": ("mark", "all"), "selected.scores": "input", "selected.rule": ("listed", "diagonal")} | others,
+            "selected",
+            reason,
+        )
         for others, reason in (
             ({"selected.form": "gather"}, "operands: a visible key lies outside the keys"),
             ({"selected.apply": ("additive", "additive_where", "penalty")}, "gradient: a query may see no key"),
             ({"selected.softmax": ("by_hand", "by_hand_max", "logsumexp", "log_softmax")}, "gradient: a query may see no key"),
-            ({"selected.product": "sdpa", "selected.attn_mask": ("float", "float_where"), "selected.fill": "-1e9"}, "gradient: "),
+            ({"selected.product": "sdpa", "selected.attn_mask": ("float", "float_where"), "selected.fill": "-1e9"}, "empty_rows: "),
         )
     ),
 )

@@ -109,7 +109,8 @@ def test_what_only_the_surroundings_tell(monkeypatch):
     write into the values behind the attention makes another part."""
     report, _ = run([Window(), Window(grad=False), Window(), Window(hook=True), Window()], monkeypatch)
     kinds = [s.reason.kind if s.reason is not None else None for s in report.sites]
-    assert kinds == [None, ReasonKind.GRADIENT, None, ReasonKind.GRADIENT, None]
+    hooked = ReasonKind.GRADIENT if torch.__version__ >= "2.12" else ReasonKind.LOGITS  # there a hook is an autograd.Function
+    assert kinds == [None, ReasonKind.GRADIENT, None, hooked, None]
     with torch.no_grad():
         report, _ = run([Window(grad=False, later=k == 1) for k in range(3)], monkeypatch, backward=False)
     assert [s.proofs[0].method.startswith("same") for s in report.sites] == [False, False, True]

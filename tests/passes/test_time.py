@@ -94,7 +94,7 @@ def test_reading_ends(fn: Callable[..., Tensor], spent: list[float]) -> None:
     inputs = tuple(t.detach() for t in qkv())
     report = compiled_like_eager(fn, inputs, tolerance=1e-5, proof_seconds=SECONDS)
     assert [s.reason.kind for s in report.sites if s.reason is not None] == [ReasonKind.UNDECIDED], why(report)
-    assert max(spent) < 4 * SECONDS + 1
+    assert max(spent) < 4 * SECONDS + 4  # without a bound: half a minute and more
 
 
 def test_what_comes_to_nothing_leaves_time_for_the_rest(spent: list[float]) -> None:
@@ -107,7 +107,7 @@ def test_what_comes_to_nothing_leaves_time_for_the_rest(spent: list[float]) -> N
 
     report = compiled_like_eager(fn, tuple(t.detach() for t in qkv()), tolerance=1e-5, proof_seconds=3 * SECONDS)
     assert [s.verdict for s in report.sites] == [Verdict.REFUSED, Verdict.REFUSED, Verdict.REWRITTEN], why(report)
-    assert max(spent) < 8 * SECONDS + 1
+    assert max(spent) < 8 * SECONDS + 4
 
 
 def endless() -> None:
