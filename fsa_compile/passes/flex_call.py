@@ -191,10 +191,17 @@ def _why_other_mask(call: FlexCall, dense: Node) -> str | None:
     for placeholder, made, needed in zip(placeholders, shape, (q[0], q[1], q[2], k[2])):
         if not _same_size(made, needed) and not (made == 1 and not placeholder.users and placeholder in placeholders[:2]):
             return f"the block mask was made for {made} in a dimension where the attention has {needed}"
-    written = dg.written_storages(call.node.graph.nodes)
-    if any(dg.storage(t) in written for t in call.mask_captured if isinstance(t, Node) and dg.storage(t) is not None):
+    if any(_written_since(dense, t) for t in call.mask_captured if isinstance(t, Node)):
         return "a tensor that the mask function reads is written in place: the tables may be older than the mask"
     return None
+
+
+def _written_since(dense: Node, captured: Node) -> bool:
+    """Whether a captured tensor is written after the dense mask was begun: `scatter_` into a new table comes before."""
+    order = {n: k for k, n in enumerate(captured.graph.nodes)}
+    made_of = dg.ancestors([dense], frozenset())
+    first = min((order[u] for u in captured.users if u in made_of), default=-1)
+    return any(order[w] > first for w in dg.writers(order).get(dg.storage(captured), ()))  # type: ignore[arg-type]
 
 
 class _Comparison:

@@ -165,20 +165,41 @@ def test_tables_of_one_head_for_a_mask_by_head() -> None:
     assert "was made for 1" in refused(like_eager(attend, *qkv()), ReasonKind.MASK)
 
 
-def test_a_table_that_changes_after_the_block_mask() -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = k.shape[2]
-        table = torch.zeros(BATCH, 2, n, n // BLOCK, dtype=torch.bool)
-        table = table.scatter(-1, choose_blocks(q, k, force_own=True), True)
+def attend_by_table(q: Tensor, k: Tensor, v: Tensor, fill: str, change: str = "") -> Tensor:
+    """A table that is made by `scatter`, or filled in place; and changed after the block mask was made from it."""
+    n = k.shape[2]
+    empty = torch.zeros(BATCH, 2, n, n // BLOCK, dtype=torch.bool)
+    chosen = choose_blocks(q, k, force_own=True)
+    table = {"scatter": empty.scatter, "scatter_": empty.scatter_}[fill](-1, chosen, True)
 
-        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return table[b, h // GROUP, i, j // BLOCK] & (j <= i)
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return table[b, h // GROUP, i, j // BLOCK] & (j <= i)
 
-        mask = create_block_mask(mask_mod, BATCH, HEADS, n, n, device="cpu", BLOCK_SIZE=TILE)
+    mask = create_block_mask(mask_mod, BATCH, HEADS, n, n, device="cpu", BLOCK_SIZE=TILE)
+    if change == "itself":
         table[..., 0] = True
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    elif change == "what it is a view of":
+        empty.view(-1, n, n // BLOCK)[..., 0] = True
+    elif change == "for the next call":
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        table.zero_()
+        return out
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
-    assert "written in place" in refused(like_eager(attend, *qkv()), ReasonKind.MASK, ReasonKind.MUTATION)
+
+@pytest.mark.parametrize("fill", ["scatter", "scatter_"])
+def test_a_table_is_filled_before_the_block_mask(fill: str) -> None:
+    report = like_eager(lambda q, k, v: attend_by_table(q, k, v, fill), *qkv())
+    assert rewritten(report) == ["selected"], why(report)
+
+
+@pytest.mark.parametrize(
+    "fill, change",
+    [("scatter", "itself"), ("scatter_", "itself"), ("scatter_", "what it is a view of"), ("scatter_", "for the next call")],
+)
+def test_a_table_that_changes_after_the_block_mask(fill: str, change: str) -> None:
+    report = like_eager(lambda q, k, v: attend_by_table(q, k, v, fill, change), *qkv())
+    assert "written in place" in refused(report, ReasonKind.MASK, ReasonKind.MUTATION)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="create_block_mask takes separate_full_blocks from torch 2.12 on")
