@@ -157,9 +157,7 @@ class _Held:
 
     def __init__(self, r: Reader, shadow: Shadow, mapping: dict[Expr, Expr]) -> None:
         self.mapping = mapping
-        self.sums = {
-            x.substitute(e, mapping): x.load(n.name, (x.substitute(c, mapping) for c in at)) for e, (n, at) in r.sums.items()
-        }
+        self.sums = {moved: x.load(n.name, at) for moved, n, at in (self._anywhere(*item) for item in r.sums.items())}
         self.holders: dict[Expr, tuple[Node, tuple[Expr, ...]]] = {}
         best: dict[Expr, int] = {}
         for e, everywhere in r.origins.items():
@@ -174,6 +172,13 @@ class _Held:
                 gathers = sum(x.as_var(c) is None and c is not x.ZERO for c in at)
                 if moved not in best or gathers < best[moved]:
                     best[moved], self.holders[moved] = gathers, (n, at)
+
+    def _anywhere(self, e: Expr, place: tuple[Node, tuple[Expr, ...]]) -> tuple[Expr, Node, tuple[Expr, ...]]:
+        """A sum and a place that holds it; of several that do, as where a matrix repeats its columns, the first."""
+        n, coords = place
+        moved, at = x.substitute(e, self.mapping), [x.substitute(c, self.mapping) for c in coords]
+        elsewhere = dict.fromkeys(frozenset().union(*(c.free for c in at)) - moved.free, x.ZERO)
+        return moved, n, tuple(x.substitute(c, elsewhere) for c in at)
 
     def rewrite(self, e: Expr) -> Expr:
         """`e` after the mapping, with its largest parts that a node holds replaced by an element of that node."""

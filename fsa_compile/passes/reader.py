@@ -147,6 +147,8 @@ class Reader:
         """For each integer or truth that depends on data: the nodes that were read as it, outermost first."""
         self._memo: dict[tuple, Expr] = {}
         self._shapes: dict[Node, tuple[Expr, ...]] = {}
+        self.free_of_data: dict[Node, bool] = {}
+        """Real tensors that were asked for whether they are computed from real data."""
         self._probabilities: dict[Node, bool] = {}
         self._literals: dict[Node, ClosedForm | None] = {}
         self._handmade: dict[Node, handmade.Normalised | None] = {}

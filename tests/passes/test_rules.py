@@ -40,6 +40,17 @@ A, B, V = real(2, 3, 4, 5), real(3, 4), real(4)
 POSITIVE, NEGATIVE = B > 0, B < 0
 
 
+TO_BLOCK = torch.arange(12) // 3
+"""(12,): the block of each token."""
+BOUNDS = (torch.arange(12) >= 3 * torch.arange(4)[:, None]) & (torch.arange(12) < 3 * torch.arange(1, 5)[:, None])
+"""(4, 12): the same as a map, from the first token of each block and the one after its last."""
+
+
+def block_map(weight: float = 1, shift: int = 0) -> Tensor:
+    """(4, 12), one where a token is in a block."""
+    return ((torch.arange(12) + shift) // 3 == torch.arange(4)[:, None]).float() * weight
+
+
 def codes(rows: int, step: int, numbers: Tensor) -> Tensor:
     """Numbers of each row that no other row has, as long as they are below `step`."""
     return torch.arange(rows)[:, None] * step + numbers
@@ -293,6 +304,8 @@ MEMBERSHIPS = (
     case("isin of codes that overlap", lambda i: torch.isin(torch.arange(30), codes(3, 7, i % 8)), ints(3, 4), leaf=True),
     case("isin of codes of unknown numbers", lambda i: torch.isin(codes(3, 9, i), codes(3, 9, i)), ints(3, 4, hi=8), leaf=True),
     case("isin of nothing", lambda: torch.isin(torch.arange(3), torch.zeros(0, dtype=torch.long))),
+    case("any over pairs, one of which is said", lambda m: (m[..., None] & (TO_BLOCK == torch.arange(4)[:, None])).any(-2), POSITIVE),
+    case("any within two bounds", lambda m: (m[..., None] & BOUNDS).any(-2), POSITIVE),
     case("any of one_hot", lambda i: F.one_hot(i, 5).any(-2), ints(3, 4, hi=5)),
     case("any of equalities", lambda i: (i[..., None] == torch.arange(6)).any(-2), ints(3, 4, hi=6)),
 )
@@ -550,6 +563,19 @@ CONTRACTIONS = (
     ),
 )
 
+INCIDENCES = (
+    case("mask times map", lambda m: m.float() @ block_map(), POSITIVE),
+    case("mask times map, halved", lambda m: m.half() @ block_map(0.5).half(), POSITIVE),
+    case("mask times map, shifted", lambda m: m.float() @ block_map(3, 1), POSITIVE),
+    case("one-hot times map", lambda i: torch.einsum("...s,sk->...k", F.one_hot(i, 4).float(), block_map()), ints(3, 5, hi=4)),
+    case("masks, some of which meet", lambda m, n: (m.float() @ n.float().mT) > 0, POSITIVE, real(5, 4) > 0),
+    case("masks, two of which meet", lambda m, n: (m.float() @ n.float().mT) > 1, POSITIVE, real(5, 4) > 0),
+    case("counts times map", lambda i: (F.one_hot(i, 4).sum(-2).float() @ block_map()) > 0, ints(3, 5, hi=4)),
+    case("list of blocks to tokens", lambda i: torch.einsum("nts,sk->nk", F.one_hot(i, 4).float(), block_map()) > 0.5, ints(3, 2, hi=4)),
+    case("three factors", lambda m: torch.einsum("ns,sk,k->nk", m.float(), block_map(), torch.arange(12).remainder(2).eq(0).float()), POSITIVE),
+)
+"""Products of zeros and ones."""
+
 INTEGER_PRODUCTS = tuple(
     case(f"integer product, {name}", fn, ints(2, 3, hi=6), ints(3, 2, hi=6))
     for name, fn in {
@@ -600,7 +626,7 @@ ATTENTION = (
     case("SDPA with broadcast heads", SDPA, Q, K[:, :1], VAL[:, :1]),
 )
 
-MUST = (*MOVED, *MEMBERSHIPS, *REDUCTIONS, *ARITHMETIC, *CONTRACTIONS, *ATTENTION)
+MUST = (*MOVED, *MEMBERSHIPS, *REDUCTIONS, *ARITHMETIC, *CONTRACTIONS, *INCIDENCES, *ATTENTION)
 FREE = (*PRECISION, *INTEGER_PRODUCTS)
 """Whether these are leaves or expressions is free unless they say `leaf`: being right is what counts."""
 MAY_BE_LEAF = frozenset(c.name for c in FREE) | {

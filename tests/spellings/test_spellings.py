@@ -16,7 +16,7 @@ import fsa_compile
 from fsa_compile.report import Report, Verdict
 
 from . import (
-    additive, block_map, codes, compressed, dense_layouts, dense_mask, gathered, layer, log_space, loops, named_axes, products,
+    additive, block_map, codes, compressed, dense_layouts, dense_mask, gathered, incidence, layer, log_space, loops, named_axes, products,
     raised, sdpa, temperature, window,
 )  # fmt: skip
 from .lookalikes import LOOKALIKES, LookAlike
@@ -25,7 +25,7 @@ from .spelling import Kind, Mutant, Problem, Spelling
 SEED = 2
 TOLERANCE = 1e-5
 FAMILIES = (
-    dense_mask, block_map, codes, log_space, dense_layouts, sdpa, gathered, products, loops, named_axes, additive, raised,
+    dense_mask, block_map, codes, incidence, log_space, dense_layouts, sdpa, gathered, products, loops, named_axes, additive, raised,
     temperature, window, compressed, layer,
 )  # fmt: skip
 SPELLINGS = tuple(spelling for family in FAMILIES for spelling in family.SPELLINGS)

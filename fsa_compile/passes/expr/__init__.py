@@ -75,7 +75,7 @@ from .real import (
     zero_times,
 )  # fmt: skip
 from .show import show
-from .substitution import rebuild, substitute
+from .substitution import one_point, rebuild, root, some, substitute
 
 __all__ = [
     "BOOL",
@@ -121,17 +121,20 @@ __all__ = [
     "minus",
     "mod",
     "negate",
+    "one_point",
     "opaque",
     "plus",
     "poly",
     "predicate",
     "real",
     "rebuild",
+    "root",
     "scaled",
     "select",
     "show",
     "size_symbol",
     "softmax",
+    "some",
     "substitute",
     "times",
     "truth",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .formula import conj, disj, exists, is_zero, negate, nonnegative, select
-from .integer import ONE, as_atom, floordiv, integer, mod, plus, poly, times
-from .node import INT, Expr, make
+from .formula import conj, disj, exists, in_range, is_zero, negate, nonnegative, select
+from .integer import ONE, as_atom, as_var, floordiv, integer, minus, mod, plus, poly, times
+from .node import INT, Expr, make, walk
 from .real import compare_reals
 
 
@@ -73,3 +73,49 @@ def rebuild(e: Expr, f: Callable[[Any], Any]) -> Expr:
     if op == "compare":
         return compare_reals(*new)
     return make(op, new, e.sort, e.lo, e.hi)
+
+
+def root(equation: Expr, v: Expr | None) -> Expr | None:
+    """The only value of the variable `v` that solves an "eq", if `v` is in it once and has the factor 1 or -1."""
+    total = equation.args[0]
+    moving = [(t, k) for t, k in total.args[1] if v in t.free]
+    if v is None or len(moving) != 1 or moving[0][0] is not v or abs(moving[0][1]) != 1:
+        return None
+    k = moving[0][1]
+    return times(minus(total, times(poly(v), k)), -k)
+
+
+def _between(conditions: tuple[Expr, ...], v: Expr) -> Iterator[Expr]:
+    """The only value of `v` within two bounds: ``k * v <= e < k * v + k`` is ``v == e // k``."""
+    bounds = []
+    for c in conditions:
+        moving = [(t, k) for t, k in c.args[0].args[1] if v in t.free] if c.op == "ge" else []
+        if len(moving) == 1 and moving[0][0] is v:
+            k = moving[0][1]
+            bounds.append((k, minus(c.args[0], times(poly(v), k))))
+    for up, above in bounds:
+        for down, below in bounds:
+            if up < 0 < down and floordiv(above, -up) is floordiv(plus(times(below, -1), down - 1), down):
+                yield floordiv(above, -up)
+
+
+def one_point(v: Expr, body: Expr) -> Expr | None:
+    """``exists v: body`` without the quantifier, where the body says which `v` that is: ``v == e and rest(v)`` is ``rest(e)``,
+    if `e` lies within the range of `v`. None if it does not say."""
+    bound = as_var(v)
+    assert bound is not None, v
+    conditions = body.args if body.op == "and" else (body,)
+    found = [e for c in conditions if c.op == "eq" and (e := root(c, bound)) is not None] + list(_between(conditions, bound))
+    quantified = {t.args[0] for t in walk(body) if t.op == "exists"}
+    for e in sorted(found, key=lambda e: any(t.op == "apply" for t in walk(e))):
+        if not e.free & quantified:
+            return conj(in_range(e, bound.args[1]), substitute(body, {bound: e}))
+    return None
+
+
+def some(v: Expr, body: Expr) -> Expr:
+    """``exists v: body``, without a quantifier for the parts that say which `v`."""
+    if body.op == "or":
+        return disj(*(some(v, part) for part in body.args))
+    known = one_point(v, body)
+    return exists(v, body) if known is None else known

@@ -14,6 +14,7 @@ from ..expr import Expr
 from ..nodes import argument, axis, constant_factor, dtype, is_real, is_tensor, op_name, rank
 from ..reader import Coords, Mode, Reader, fused, values
 from ..refusal import Refusal
+from .incidence import incidence
 
 PRODUCTS = ("mul", "multiply")
 
@@ -44,6 +45,9 @@ def _product(r: Reader, n: Node, a: Node, b: Node, c: Coords, m: Mode = Mode.FOR
     """Element `c` of ``a @ b``."""
     k = x.var(f"{n.name}.k", r.shape(a)[-1])
     left, right = r.align(a, (*c[:-1], k)), r.align(b, (*c[:-2], k, c[-1]))
+    counted = incidence(r, n, c, [k], [(a, left), (b, right)])
+    if counted is not None:
+        return counted
     return r.contraction([k], [operand(r, a, left, m), operand(r, b, right, m)])
 
 
@@ -116,11 +120,11 @@ def _einsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     env = dict(zip(output, c))
     bound = [x.var(f"{n.name}.{ch}", size) for ch, size in sizes.items() if ch not in env]
     env.update(zip((ch for ch in sizes if ch not in env), bound))
-    factors = []
+    places = []
     for subscripts, t in zip(inputs, tensors):
-        coords = tuple(x.ZERO if s is x.ONE else env[ch] for ch, s in zip(subscripts, r.shape(t)))
-        factors.append(operand(r, t, coords, m))
-    return r.contraction(bound, factors)
+        places.append((t, tuple(x.ZERO if s is x.ONE else env[ch] for ch, s in zip(subscripts, r.shape(t)))))
+    counted = incidence(r, n, c, bound, places)
+    return r.contraction(bound, [operand(r, t, at, m) for t, at in places]) if counted is None else counted
 
 
 def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:

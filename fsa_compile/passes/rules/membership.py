@@ -26,7 +26,7 @@ def top_index(r: Reader, producer: Node, c: Coords) -> Expr:
 def _indices(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     producer, k = n.args
     if op_name(producer) == "max" and k == 0:
-        return largest(r, producer, c, m)
+        return largest(r, producer, c, m, n)
     return top_index(r, producer, c) if op_name(producer) in ("topk", "sort") and k == 1 else None
 
 

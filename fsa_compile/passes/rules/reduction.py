@@ -37,7 +37,7 @@ def _any(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if d is None:
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "any")
-    return x.exists(v, x.truth(r.read(n.args[0], q, Mode.VALUE)))
+    return x.some(v, x.truth(r.read(n.args[0], q, Mode.VALUE)))
 
 
 @values("all")
@@ -46,7 +46,7 @@ def _all(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if d is None:
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "all")
-    return x.negate(x.exists(v, x.negate(x.truth(r.read(n.args[0], q, Mode.VALUE)))))
+    return x.negate(x.some(v, x.negate(x.truth(r.read(n.args[0], q, Mode.VALUE)))))
 
 
 @values("sum", "count_nonzero")
@@ -60,8 +60,10 @@ def _sum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if d is None or dtype(n) not in (torch.int32, torch.int64):  # a count in 8 bits wraps
         return None
     v, q = inside(r, n, c, d, argument(n, 2, "keepdim", False), "sum")
-    hit = _nonzero(r.read(n.args[0], q, Mode.VALUE))
-    return None if hit is None else x.select(x.exists(v, hit), x.apply(n.name, c, 1), x.ZERO)
+    summand = r.read(n.args[0], q, Mode.VALUE)
+    hit = _nonzero(summand)
+    most = r.shape(n.args[0])[d].hi * (summand.hi if summand.sort == x.INT else 1)
+    return None if hit is None else x.select(x.some(v, hit), x.apply(n.name, c, 1, max(most, 1)), x.ZERO)
 
 
 def _count(r: Reader, n: Node, c: Coords, d: int) -> Expr | None:
@@ -71,7 +73,7 @@ def _count(r: Reader, n: Node, c: Coords, d: int) -> Expr | None:
     most = r.shape(n.args[0])[d].hi
     if ones is None or most * torch.finfo(dtype(n)).eps > 1:
         return None
-    return x.select(x.exists(v, ones), x.from_int(x.apply(n.name, c, 1, most)), x.real(0))
+    return x.select(x.some(v, ones), x.from_int(x.apply(n.name, c, 1, most)), x.real(0))
 
 
 def _where_one(e: Expr) -> Expr | None:
@@ -91,11 +93,11 @@ def _nonzero(e: Expr) -> Expr | None:
 
 @values("amax")
 def _amax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    return largest(r, n, c, m)
+    return largest(r, n, c, m, n)
 
 
-def largest(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
-    """Element `c` of the values of the maximum `n`. Of zeros and ones: one where there is one. Of data where a mask lets any through:
+def largest(r: Reader, n: Node, c: Coords, m: Mode, result: Node) -> Expr | None:
+    """Element `c` of the values of the maximum `n`, which the node `result` holds. Of zeros and ones: one where there is one. Of data where a mask lets any through:
     -inf where it lets none."""
     d = reduced_axis(n)
     if d is None:
@@ -104,15 +106,15 @@ def largest(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     found = r.read(n.args[0], q, Mode.VALUE)
     ones = _where_one(found)
     if ones is not None:
-        some = x.exists(v, ones)
+        some = x.some(v, ones)
         return x.select(some, x.ONE, x.ZERO) if found.sort == x.INT else x.select(some, x.real(1), x.real(0))
     # In the logits a row maximum only shifts the row; its cases matter where scores are compared.
     leaves = list(x.cases(found)) if found.sort == x.REAL and m is Mode.VALUE else []
     constants = {e.args[0] for _, e in leaves if e.op == "const"}
     if constants != {-math.inf}:
         return None
-    some = x.exists(v, x.disj(*(g for g, e in leaves if e.op != "const")))
-    return x.select(some, r.leaf(n, c), x.real(-math.inf))
+    some = x.some(v, x.disj(*(g for g, e in leaves if e.op != "const")))
+    return x.select(some, r.leaf(result, c), x.real(-math.inf))
 
 
 @values("mean")
@@ -150,21 +152,11 @@ def _cumsum(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     e = r.coerce(n, r.read(n.args[0], c[:d] + (v,) + c[d + 1 :], m))
     case = (x.as_atom(e) or e) if e.sort == x.INT else e
     if case.op in ("if_int", "if_real") and case.args[0].op == "eq":
-        where, one, zero = _root(case.args[0], x.as_var(v)), *case.args[1:]
+        where, one, zero = x.root(case.args[0], x.as_var(v)), *case.args[1:]
         if where is not None and one in (x.ONE, x.real(1)) and zero in (x.ZERO, x.real(0)):
             return x.select(x.conj(x.at_least(where, x.ZERO), x.at_least(c[d], where)), one, zero)
     k = x.constant(e) if is_int(n) else None
     return x.times(x.plus(c[d], 1), k) if k is not None else None
-
-
-def _root(equation: Expr, v: Expr | None) -> Expr | None:
-    """The only value of the variable `v` that solves an equation, if `v` is in it once and has the factor 1 or -1."""
-    total = equation.args[0]
-    moving = [(t, k) for t, k in total.args[1] if v in t.free]
-    if v is None or len(moving) != 1 or moving[0][0] is not v or abs(moving[0][1]) != 1:
-        return None
-    k = moving[0][1]
-    return x.times(x.minus(total, x.times(x.poly(v), k)), -k)
 
 
 @values("diff")
