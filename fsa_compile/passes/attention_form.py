@@ -72,7 +72,7 @@ class AttentionForm:
         kv_heads: The number of heads of K and V.
         q, k, v: The operands.
         probability: The element of the softmax's result that belongs to (b, h, i, j).
-        zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num or a second mask behind the softmax).
+        zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num, a second mask behind the softmax or the output).
     """
 
     softmax: str

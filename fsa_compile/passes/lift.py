@@ -15,10 +15,10 @@ from . import expr as x
 from .attention_form import AttentionForm
 from .cut import cut
 from .expr import Expr
-from .nodes import op_name, rank
+from .nodes import is_real, is_tensor, op_name, rank
 from .normal_form import Anchor, NormalForm, normal_form
 from .operands import chain
-from .reader import Reader
+from .reader import CREATIONS, Reader
 from .refusal import Refusal
 
 INDEX_OPS = frozenset(
@@ -26,6 +26,8 @@ INDEX_OPS = frozenset(
     "flatten _to_copy to".split()
 )
 """Through these the output is followed to the node that has the best shape to replace."""
+ZEROING = frozenset("mul masked_fill where".split())
+"""By these rows of the output become zero, ``output * mask.any(-1, keepdim=True)``; `normal_form` says which."""
 
 
 def lift(r: Reader, softmax: Node, contraction: Node, replaceable: frozenset[Node]) -> Iterator[AttentionForm]:
@@ -80,16 +82,30 @@ def _picked(c: Expr) -> bool:
 
 
 def _anchors(r: Reader, n: Node, replaceable: frozenset[Node]) -> Iterator[Anchor]:
-    """Nodes that hold the output, the deepest first: the contraction and the index ops that only it feeds."""
+    """Nodes that hold the output, the deepest first: the contraction, the index ops that only it feeds, and what masks its rows."""
     path = [n]
-    while len(path[-1].users) == 1:
-        (user,) = path[-1].users
-        if op_name(user) not in INDEX_OPS:
+    while True:
+        users = [u for u in path[-1].users if op_name(u) not in CREATIONS]
+        if len(users) != 1 or not (op_name(users[0]) in INDEX_OPS or _masks_rows(r, users[0], path[-1])):
             break
-        path.append(user)
+        path.append(users[0])
     for node in sorted(reversed(path), key=lambda p: rank(p) != 4):
         if node in replaceable:
             yield from _virtual(r, node)
+
+
+def _masks_rows(r: Reader, n: Node, output: Node) -> bool:
+    """Whether a node keeps the output or makes it a number, by something that is no real datum and the same for a whole row."""
+    others = [a for a in n.args if is_tensor(a) and a is not output]
+    if op_name(n) not in ZEROING or len(others) == len([a for a in n.args if is_tensor(a)]) or r.shape(n) != r.shape(output):
+        return False
+    return all(not is_real(a) or _numbers(r, a) for a in others)
+
+
+def _numbers(r: Reader, n: Node) -> bool:
+    """Whether the elements of a real tensor are constants, by cases."""
+    at = [x.var(f"n{k}", size) if size is not x.ONE else x.ZERO for k, size in enumerate(r.shape(n))]
+    return all(e.op == "const" for _, e in x.cases(r.read(n, at)))
 
 
 def _virtual(r: Reader, n: Node) -> Iterator[Anchor]:

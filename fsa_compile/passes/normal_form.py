@@ -83,7 +83,8 @@ def _strip(e: Expr) -> tuple[float, bool, Expr]:
 
 
 def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> NormalForm:
-    factor, _, e = _strip(r.read(anchor.node, anchor.real))
+    alive, e = _rows_kept(r.read(anchor.node, anchor.real))
+    factor, _, e = _strip(e)
     if e.op != "dot":
         raise Refusal(
             ReasonKind.NOT_ATTENTION,
@@ -126,6 +127,14 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     assert kn is not None and qn is not None
     _no_narrower_cast(contraction, (qn, kn, value_node))
     numbers = zeroed or op_name(softmax) in SAFE or -math.inf not in fills  # no row of NaN
+    zero_rows = kept is not x.TRUE and (numbers or not multiplied) or fills == {-math.inf} and numbers
+    if alive is not x.TRUE:
+        shown = _shown(alive, visible, jv, width)
+        if shown is None or shown is visible and not numbers:
+            raise Refusal(ReasonKind.LOGITS, "rows of the output are set to zero, and not just those without a visible key")
+        if shown is not visible:  # what is added to masked logits plays no part in rows that are shown keys for want of their own
+            visible, additive, in_sums = shown, False, False
+        zero_rows = True
     rows = visible.free.union(*(c.free for c in (*coords, *qc, *(c for f in factors for c in f.coords))))
     spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
     if len(spare) != 1:
@@ -133,9 +142,67 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     return NormalForm(
         coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
         additive=additive, in_sums=in_sums, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
-        probability=coords,
-        zero_rows=kept is not x.TRUE and (numbers or not multiplied) or fills == {-math.inf} and numbers,
+        probability=coords, zero_rows=zero_rows,
     )  # fmt: skip
+
+
+def _rows_kept(e: Expr) -> tuple[Expr, Expr]:
+    """When an element of the output is no zero that was put there, and what it is then."""
+    leaves = list(x.cases(e))
+    alive = [(g, t) for g, t in leaves if t is not x.real(0) and x.zero_times(t) is None]
+    zeros = {z for _, t in leaves if (z := x.zero_times(t)) is not None}
+    values = {t for _, t in alive}
+    if len(leaves) == 1 or len(values) != 1 or not zeros <= values:
+        return x.TRUE, e
+    return x.disj(*(g for g, _ in alive)), values.pop()
+
+
+def _shown(alive: Expr, visible: Expr, jv: Expr, width: Expr) -> Expr | None:
+    """The keys that count, if the rows of the output that are not set to zero are those with such a key; otherwise None.
+
+    Rows without one may have been shown all keys, ``mask | ~mask.any(-1, keepdim=True)``, so that they are no rows of NaN. These
+    count no more than what masked logits get: nothing of such a row is left.
+    """
+    for shown in (visible, x.conj(alive, visible), _where(alive, x.TRUE, visible)):
+        if _some_visible(alive, shown, jv) or _first_tells(alive, shown, jv, width):
+            unmasked = x.substitute(_where(alive, x.FALSE, visible), {jv: x.ZERO})
+            if shown is visible or _proven(x.disj(alive, x.conj(unmasked, x.less(x.ZERO, width)))):
+                return shown
+    return None
+
+
+def _where(condition: Expr, value: Expr, e: Expr) -> Expr:
+    """A formula where a condition is known to hold, or not to hold."""
+
+    def go(t: object) -> object:
+        if isinstance(t, tuple):
+            return tuple(go(y) for y in t)
+        if not isinstance(t, Expr) or t.sort != x.BOOL:
+            return t
+        if _same(t, condition):
+            return value
+        return x.negate(value) if t is x.negate(condition) else x.rebuild(t, go)
+
+    out = go(e)
+    assert isinstance(out, Expr)
+    return out
+
+
+def _same(a: Expr, b: Expr) -> bool:
+    """Whether two formulas are one, but for the name of the variable that an ``exists`` binds."""
+    if a is b or a.op != "exists" or b.op != "exists" or a.args[0].args[1] is not b.args[0].args[1]:
+        return a is b
+    return x.substitute(a.args[1], {a.args[0]: x.poly(b.args[0])}) is b.args[1]
+
+
+def _first_tells(alive: Expr, visible: Expr, jv: Expr, width: Expr) -> bool:
+    """Whether rows are kept exactly where they see some key, as the first key shows: it is visible if any is."""
+    first = x.conj(x.substitute(visible, {jv: x.ZERO}), x.less(x.ZERO, width))
+    return _proven(x.conj(x.implies(alive, first), x.implies(visible, alive)))
+
+
+def _proven(goal: Expr) -> bool:
+    return goal is x.TRUE or solve([], goal, 200) is None
 
 
 def _no_narrower_cast(contraction: Node, operands: tuple[Node, Node, Node]) -> None:

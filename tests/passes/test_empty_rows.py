@@ -94,6 +94,28 @@ def rows_repaired(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(-1, keepdim=True), filled(-1e9)(q, k, v, mask), 0.0)
 
 
+def rows_zeroed(attend: Attend, *, by: str = "times", others: int = 0) -> Attend:
+    """The output of rows that see nothing is set to zero; `others`: of rows that see nothing but the first keys."""
+
+    def zeroed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out, some = attend(q, k, v, mask), mask[..., others:].any(-1, keepdim=True)
+        if by == "times":
+            return out * some.to(out.dtype)
+        return out.masked_fill(~some, 0.0) if by == "masked_fill" else torch.where(some, out, torch.zeros_like(out))
+
+    return zeroed
+
+
+def rows_shown(attend: Attend, *, first: bool = False) -> Attend:
+    """Rows that see nothing are shown all keys, or the first one, so that they are no rows of NaN."""
+
+    def shown(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        empty = ~mask.any(-1, keepdim=True)
+        return attend(q, k, v, mask | (empty & (torch.arange(k.shape[2]) == 0) if first else empty))
+
+    return shown
+
+
 def sdpa(additive: float | None = None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         bias = mask if additive is None else torch.zeros(mask.shape).masked_fill(~mask, additive)
@@ -195,6 +217,21 @@ WAYS: dict[str, Attend] = {
     "output times rows, -inf": output_times_rows(-INF),
     "output times rows, finite": output_times_rows(-1e9),
     "rows repaired": rows_repaired,
+    "output times rows, added -1e9": rows_zeroed(added(-1e9)),
+    "output times rows, nan_to_num": rows_zeroed(nan_to_num()),
+    "output times rows, SDPA, finfo.min": rows_zeroed(sdpa(MIN)),
+    "output masked, -inf": rows_zeroed(filled(-INF), by="masked_fill"),
+    "output masked, added -inf": rows_zeroed(added(-INF), by="masked_fill"),
+    "output masked, finite": rows_zeroed(filled(-1e9), by="masked_fill"),
+    "output masked, more rows": rows_zeroed(filled(-1e9), by="masked_fill", others=4),
+    "rows shown all keys": rows_shown(filled(-INF)),
+    "rows shown all keys, SDPA": rows_shown(sdpa()),
+    "rows shown all keys, output times rows": rows_zeroed(rows_shown(filled(-INF))),
+    "rows shown all keys, added, output masked": rows_zeroed(rows_shown(added(-INF)), by="masked_fill"),
+    "rows shown all keys, SDPA, output chosen": rows_zeroed(rows_shown(sdpa()), by="where"),
+    "rows shown all keys, SDPA, added, output times rows": rows_zeroed(rows_shown(sdpa(-INF))),
+    "rows shown the first key, output times rows": rows_zeroed(rows_shown(filled(-INF), first=True)),
+    "rows shown all keys, more rows masked": rows_zeroed(rows_shown(filled(-INF)), by="masked_fill", others=4),
     "SDPA, truths": sdpa(),
     "SDPA, added -inf": sdpa(-INF),
     "SDPA, added finfo.min": sdpa(MIN),
@@ -229,6 +266,16 @@ MUST_FIRE_WITHOUT_GRAD = {
     "multiplied, softmax by hand",
     "output times rows, -inf",
     "output times rows, finite",
+    "output times rows, added -1e9",
+    "output times rows, nan_to_num",
+    "output times rows, SDPA, finfo.min",
+    "output masked, -inf",
+    "output masked, finite",
+    "rows shown all keys, output times rows",
+    "rows shown all keys, added, output masked",
+    "rows shown all keys, SDPA, output chosen",
+    "rows shown all keys, SDPA, added, output times rows",
+    "rows shown the first key, output times rows",
     "SDPA, truths",
     "SDPA, added -inf",
 }
@@ -260,7 +307,8 @@ def check(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], must_fire: bool
         assert (site.verdict, site.role) == (Verdict.REWRITTEN, role), why(report)
     elif site.verdict is not Verdict.REWRITTEN:
         assert site.reason is not None
-        assert site.reason.kind in (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT, ReasonKind.FILL, ReasonKind.LOGITS), why(report)
+        kinds = (ReasonKind.EMPTY_ROWS, ReasonKind.GRADIENT, ReasonKind.FILL, ReasonKind.LOGITS, ReasonKind.MASK)
+        assert site.reason.kind in kinds, why(report)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
