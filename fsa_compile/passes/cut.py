@@ -27,9 +27,9 @@ from .temperature import choose
 def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: frozenset[Node]) -> Iterator[AttentionForm]:
     """Name batch, heads and queries, and choose how deep to take Q, K and V."""
     rows = [o for o in raw.coords if o is not raw.value_dim]
-    keys = [s for s in reversed(chain(r, *raw.k)) if s.node in replaceable and raw.d in s.coords]
-    vals = [s for s in reversed(chain(r, *raw.v)) if s.node in replaceable and raw.value_dim in s.coords and s.factor == 1]
-    queries = [s for s in reversed(chain(r, *raw.q)) if s.node in replaceable and raw.d in s.coords]
+    keys = _cuts(r, raw.k, raw.d, replaceable)
+    vals = [s for s in _cuts(r, raw.v, raw.value_dim, replaceable) if s.factor == 1]
+    queries = _cuts(r, raw.q, raw.d, replaceable)
     temperatures = tuple(choose(r, f, raw.q[0], replaceable) for f in raw.factors)
     heads_wrong = None
     found = counted = False
@@ -140,6 +140,13 @@ def _assignments(raw: NormalForm, rows: list[Expr]) -> Iterator[tuple[Expr, Expr
         if p not in seen:
             seen.add(p)
             yield p  # type: ignore[misc]
+
+
+def _cuts(r: Reader, operand: tuple[Node, Coords], d: Expr, replaceable: frozenset[Node]) -> list[Step]:
+    """Where an operand may be taken, the deepest first; last where the head dimension ``d`` is folded together with the heads."""
+    steps = [s for s in reversed(chain(r, *operand)) if s.node in replaceable]
+    folded = [s for s in steps if d not in s.coords and any(x.as_var(d) in c.free for c in s.coords)]
+    return [*(s for s in steps if d in s.coords), *folded]
 
 
 def _key_coordinate(s: Step, raw: NormalForm) -> Expr | None:

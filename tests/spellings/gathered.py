@@ -185,6 +185,46 @@ def token_gather_per_head(
     return (logits.softmax(axis).unsqueeze(3) @ values(vals)).squeeze(3)
 
 
+def query_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sees: Comparison = operator.ge,
+    values: Change = keep,
+    minor: Change = keep,
+    chosen: Change = keep,
+) -> Tensor:
+    """A block of queries shares its list; projections ``(b, n, h * d)`` are viewed as blocks at once, so that no tensor has
+    keys and heads as dimensions of their own."""
+    b, hkv, n, d = k.shape
+    blocks = n // BLOCK
+    indices = chosen(choose_blocks(q, k, force_own=True)[:, :, ::BLOCK])
+    batch, head = torch.arange(b).view(b, 1, 1, 1), torch.arange(hkv).view(hkv, 1, 1)
+
+    def projected(t: Tensor) -> Tensor:
+        return F.linear(t.transpose(1, 2).flatten(2), torch.eye(t.shape[1] * d))
+
+    keys = projected(k).view(b, blocks, BLOCK, hkv, d).permute(0, 3, 1, 2, 4)[batch, head, indices]
+    vals = minor(projected(values(v)).view(b, blocks, BLOCK, hkv, d)).permute(0, 3, 1, 2, 4)[batch, head, indices]
+    queries = projected(q).view(b, blocks, BLOCK, hkv, GROUP, d)
+    logits = torch.einsum("bqihgd,bhqtjd->bhgqitj", queries, keys) * d**-0.5
+    position = (indices[..., None] * BLOCK + torch.arange(BLOCK))[:, :, None, :, None]
+    visible = sees(torch.arange(n).view(blocks, BLOCK, 1, 1), position)
+    weights = logits.masked_fill(~visible, float("-inf")).flatten(-2).softmax(-1).view_as(logits)
+    return torch.einsum("bhgqitj,bhqtjd->bhgqid", weights, vals).reshape(b, hkv * GROUP, n, d)
+
+
+def heads_minor(t: Tensor) -> Tensor:
+    """(b, blocks, B, h, d) from the same elements, counted with the heads innermost."""
+    return t.flatten(-2).unflatten(-1, (t.shape[-1], t.shape[-2])).transpose(-1, -2)
+
+
+def next_block(t: Tensor) -> Tensor:
+    """(b, h, blocks, t): each block of queries gets the list of the one before."""
+    return t.roll(1, 2)
+
+
 SPELLINGS = (
     spell(
         gather_expanded,
@@ -231,5 +271,14 @@ SPELLINGS = (
         Mutant("softmax over queries", {"axis": 2}, must_refuse=True),
         Mutant("values rolled after the gather", {"values": rolled}, must_refuse=True),
         Mutant("own position hidden", {"sees": operator.ge}, must_refuse=True),
+    ),
+    spell(
+        query_blocks,
+        Kind.S2,
+        Mutant("strict causality", {"sees": operator.gt}, must_refuse=True),
+        Mutant("value heads swapped", {"values": swapped}),
+        Mutant("rolled values", {"values": rolled}),
+        Mutant("value heads counted innermost", {"minor": heads_minor}),
+        Mutant("lists of the block before", {"chosen": next_block}),
     ),
 )
