@@ -3,7 +3,7 @@
     python benchmarks/core.py [--lengths 8192 65536] [--groups 1 4 16] [--seconds 120] [--peer NAME=PATH] [--out results.json]
 
 Compressed attention (kernel 32, stride 16), choosing 16 blocks of 64 (one initial, two local), selected attention, a window of
-512, and three gates; bfloat16, four key/value heads of 128 dimensions, one sequence, memory as (b, n, h, d). Medians of
+512, and three gates, compiled by Inductor as in a compiled model; bfloat16, four key/value heads of 128 dimensions, one sequence, memory as (b, n, h, d). Medians of
 `triton.testing.do_bench` in milliseconds. `memory` is what a forward, and a forward with backward, allocate beyond inputs,
 results and gradients, in MiB. `errors` are relative norms against float64 of each branch at the last 16 queries, given the blocks
 that were chosen; `picks` counts lists among them in which float64 would choose another block. The file is written again after
@@ -71,13 +71,24 @@ class Core:
         return sliding_window_attention(self.q, self.k, self.v, window=WINDOW)
 
     def gated(self, branches: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The gated sum, as a user writes it."""
-        return sum(gate * branch for gate, branch in zip(self.gates, branches))
+        """The gated sum."""
+        return compiled_gated_sum()(self.gates, branches)
 
     def forward(self) -> Tensor:
         """All of it."""
         out, lse = self.compressed()
         return self.gated((out, self.selected(self.choose(lse.detach())), self.window()))
+
+
+def gated_sum(gates: Tensor, branches: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """As a user writes it."""
+    return sum(gate * branch for gate, branch in zip(gates, branches))
+
+
+@functools.cache
+def compiled_gated_sum() -> Callable[..., Tensor]:
+    """`gated_sum` by Inductor: what the backend leaves to Inductor in a model."""
+    return torch.compile(gated_sum, dynamic=False)
 
 
 def draw(n: int, group: int, device: str) -> Core:

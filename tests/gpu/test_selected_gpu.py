@@ -125,6 +125,30 @@ def test_groups(group):
     check_dense(tensors, nsa_lists(g, 1, 2, 513, 4, 32), 32)
 
 
+@pytest.mark.parametrize("block_size", [64, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (128, 128)], ids=str)
+def test_kernels_for_hopper(dims, group, block_size):
+    """Items that end inside a tile, groups that do not fill one, lists too long for the dense kernel (all keys are masked)."""
+    *tensors, _ = draw(group + block_size, 1, 2 * group, 2, 700, *dims)
+    for slots in (5, 200):
+        lists = random_lists(torch.Generator().manual_seed(slots), 1, 2, 700, slots, blocks=-(-700 // block_size))
+        check_dense(tensors, lists.to(DEVICE), block_size)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_what_is_not_finite_stays_where_it_is_listed(block_size):
+    """A query with infinite dO makes gradients of its own blocks NaN or infinite, and of no others."""
+    q, k, v, dout, dlse, _ = draw(5, 1, 4, 1, 1024)
+    blocks = 1024 // block_size
+    lists = (torch.arange(1024, device=DEVICE) // block_size)[None, None, :, None].int()  # own blocks only
+    dout[:, :, 0] = float("inf")
+    *_, dk, dv = run(q, k, v, dout, dlse, lists.contiguous(), block_size)
+    finite = torch.isfinite(dk.float()).all(-1).view(blocks, block_size).all(-1)
+    assert finite[1:].all() and not finite[0]
+    assert torch.isfinite(dv.float()[:, :, block_size:]).all()
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=["d64", "d256"])
 def test_float32_is_ieee(dims):
     """No tf32: the error of float32 dots, at every tile that float32 gets."""

@@ -4,10 +4,10 @@ The product's own launch code runs on CPU tensors with every kernel launch repla
 what a GPU would be asked to run: same constants, same specialisation of strides and pointers. A program of its own, because
 under ``TRITON_INTERPRET=1`` the kernels cannot be compiled.
 
-    python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]'
+    python compile_kernels.py CAPABILITY LIMIT '[{"group": 4, ...}, ...]' [gluon]
 
 A variant with a "rule" of "window" or "compressed" is banded attention, one with "sum" or "max" chooses blocks, any other is
-selected attention. It prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes), uniform
+selected attention. With "gluon" it compiles kernels in Gluon where the product would take them. It prints one JSON line per compiled kernel: kernel, variant, shared, registers, spills (bytes), uniform
 registers read before they are set, and some PTX counts.
 """
 
@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from fsa_compile.kernels.triton import banded_attention, banded_backward, banded_forward, block_selection
@@ -78,7 +79,8 @@ def source_of(kernel, args, kwargs):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), options
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constexprs=constants, attrs=attributes), options
 
 
 def record(group, block_size, dk, dv, dtype, rule="causal", slots=16, deterministic=False, n=256):
@@ -162,10 +164,10 @@ def unset_registers(sass):
 
 def main():
     """Compile every distinct kernel of every variant for one target."""
-    capability, limit, variants = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    capability, limit, variants, gluon = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), "gluon" in sys.argv
     banded = banded_attention, banded_forward, banded_backward
     for module in (selected_attention, selected_forward, selected_backward, *banded, block_selection):
-        module.device_of = lambda x: Device(capability, limit)
+        module.device_of = lambda x: Device(capability, limit, gluon)
     seen = set()
     for variant in variants:
         record_variant = RECORDERS.get(variant.get("rule"), record)

@@ -28,6 +28,15 @@ VARIANTS = [
     dict(group=2, block_size=64, dk=64, dv=64, dtype="bfloat16", deterministic=True),
 ]
 
+GLUON = [
+    dict(group=4, block_size=64, dk=128, dv=128, dtype="bfloat16"),
+    dict(group=16, block_size=128, dk=128, dv=128, dtype="bfloat16", slots=8),
+    dict(group=3, block_size=128, dk=64, dv=128, dtype="float16", rule="diagonal", slots=8),
+    dict(group=1, block_size=128, dk=128, dv=64, dtype="bfloat16", rule="listed", slots=200),
+    dict(group=2, block_size=96, dk=64, dv=64, dtype="bfloat16", deterministic=True),
+]
+"""What the kernels for Hopper take: two 16-bit types, head dimensions of 64 and 128."""
+
 BANDED = [
     dict(rule="window", group=4, dk=128, dv=128, dtype="bfloat16"),
     dict(rule="compressed", group=4, dk=128, dv=128, dtype="bfloat16"),
@@ -44,12 +53,12 @@ SELECTION = [
 ]
 
 
-def compile_for(capability: int, variants: list[dict]) -> list[dict]:
+def compile_for(capability: int, variants: list[dict], *options: str) -> list[dict]:
     """One row per kernel, from ``compile_kernels.py`` in a process without TRITON_INTERPRET."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     program = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(capability), str(TARGETS[capability]), json.dumps(variants)],
+        [sys.executable, str(program), str(capability), str(TARGETS[capability]), json.dumps(variants), *options],
         capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -83,6 +92,26 @@ def test_kernels_compile_and_fit(capability):
         assert all(r["wgmma"] and r["wide_load"] for r in half)  # Hopper's matrix units, 16-byte loads
         atomic = [r for r in half if r["kernel"] == "_gradient_kernel" and "deterministic" not in r["variant"]]
         assert all(r["wide_red"] and not r["narrow_red"] for r in atomic)  # dK and dV are added four floats at a time
+
+
+def test_gluon_kernels_compile_and_fit():
+    """As above: nothing spills, and the matrix units are fed by 16-byte copies."""
+    rows, device = compile_for(90, GLUON, "gluon"), launch.Device(90, TARGETS[90], gluon=True)
+    taken = [r for r in rows if r["kernel"] in ("partial_kernel", "gradient_kernel")]
+    # Forward takes blocks of 128 keys, backward all of more than 32.
+    assert [r["kernel"] for r in taken].count("gradient_kernel") == len(GLUON)
+    assert [r["kernel"] for r in taken].count("partial_kernel") == sum(x["block_size"] == 128 for x in GLUON)
+    for r in taken:
+        x = r["variant"]
+        choose, memory = {
+            "partial_kernel": (launch.forward_launch, launch.forward_shared_memory),
+            "gradient_kernel": (launch.backward_launch, launch.backward_shared_memory),
+        }[r["kernel"]]
+        chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), device)
+        assert chosen.hopper and chosen.warps == r["num_warps"]
+        assert r["shared"] <= memory(chosen.rows, chosen.keys, x["dk"], x["dv"], 2, chosen.stages) <= TARGETS[90]
+        assert r["wgmma"] and r["wide_load"] and not r["unset"] and not r["narrow_red"]
+        assert r["spills"] is None or r["spills"] <= 64
 
 
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)

@@ -47,6 +47,10 @@ def rank_blocks(
     """
     ROWS: tl.constexpr = QUERIES if QUERIES * WIDTH <= ELEMENTS else ELEMENTS // WIDTH
     column = columns(WIDTH)
+    if not LAST:  # the scores of the next rows are on their way while rows are ranked
+        following = tl.arange(0, ROWS)[:, None, None]
+        near_next = tl.load(near + following * near_stride + column)
+        far_next = tl.load(far + following * far_stride + column) if REACHES else near_next
     for part in range(0, QUERIES, ROWS):
         row = part + tl.arange(0, ROWS)
         a, b, c = forced_blocks(first_query + row + shift, n_blocks, block_size, n_init, n_local)
@@ -60,7 +64,10 @@ def rank_blocks(
             picks = tl.minimum(picks, count_keys(key, SIGNED))
             forced = words_of((block >= 0) & ~between, WIDTH)
         else:
-            score = _score_at(near, far, row[:, None, None], column, near_stride, far_stride, None, REACHES)
+            score = near_next + far_next if REACHES else near_next
+            following = tl.minimum(part + ROWS, QUERIES - ROWS) + tl.arange(0, ROWS)[:, None, None]
+            near_next = tl.load(near + following * near_stride + column)
+            far_next = tl.load(far + following * far_stride + column) if REACHES else near_next
             first, until = tl.maximum(a - begin, 0), tl.minimum(b, end) - begin
             between = (column >= first[:, None, None]) & (column < until[:, None, None])
             key = tl.where(between, key_of(score, SIGNED), no_key(SIGNED))

@@ -33,7 +33,7 @@ def last_visible(position, block, n_keys, BLOCK_SIZE: tl.constexpr, RULE: tl.con
         own = (position >= block * BLOCK_SIZE) & (position < (block + 1) * BLOCK_SIZE)
         last = tl.where(own, tl.minimum(position, last), last)
     else:
-        last = tl.zeros_like(position) + last
+        last = position * 0 + last
     return last
 
 

@@ -35,10 +35,12 @@ class Device:
     Args:
         capability: Compute capability times ten.
         shared_memory: Bytes of shared memory that one program may use.
+        gluon: Whether kernels written in Gluon for this capability may run. Triton's interpreter has none.
     """
 
     capability: int
     shared_memory: int
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Launch:
         stages: Depth of the software pipeline.
         registers: Most registers of a thread, None for the compiler's choice.
         transposed: Backward keeps dK and dV as (d, keys).
+        hopper: The kernel of `selected_partial_hopper` or `selected_gradient_hopper` runs, where strides let it.
     """
 
     rows: int
@@ -64,6 +67,7 @@ class Launch:
     stages: int
     registers: int | None = None
     transposed: bool = False
+    hopper: bool = False
 
 
 def power_of_two(x: int, least: int = 1) -> int:
@@ -72,9 +76,18 @@ def power_of_two(x: int, least: int = 1) -> int:
 
 
 def slice_queries(n: int, query_bytes: int, budget: int) -> int:
-    """Queries of a slice that takes at most `budget` bytes at `query_bytes` each: all n, or a multiple of 64, or at least 16."""
-    most = budget // query_bytes
-    return min(n, most // 64 * 64 if most >= 64 else max(16, most // 16 * 16))
+    """Queries of a slice, of which each takes `query_bytes`: about equal slices of at most `budget` bytes, or 1/16 more.
+
+    The sixteenth keeps a power of two from leaving a last slice of next to nothing, whose launches cost as much as another's.
+    Slices are multiples of 64 queries where a budget holds so many, otherwise of 16, and hold at least 16.
+    """
+    most = max(16, (budget + budget // 16) // query_bytes)
+    step = 64 if most >= 64 else 16
+    most = most // step * step
+    if n <= most:
+        return n
+    slices = -(-n // most)
+    return min(most, -(-n // (slices * step)) * step)
 
 
 def current_device(x: torch.Tensor) -> torch.cuda.device:
@@ -92,7 +105,7 @@ def device_of(x: torch.Tensor) -> Device:
 @functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin, properties.major == 9)
 
 
 def forward_shared_memory(rows: int, keys: int, dk: int, dv: int, itemsize: int, stages: int) -> int:
@@ -120,13 +133,15 @@ def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.d
     One stage and 128 registers, so that four programs share a multiprocessor, beat deeper pipelines: a program waits for
     scattered rows of Q, and another one computes meanwhile.
     """
+    # Blocks of 64 keys: the Gluon kernel is 10 % faster alone, but the call is not (docs/kernels/selected.md).
+    hopper = device.gluon and dtype.itemsize == 2 and {dk, dv} <= {64, 128} and block_size == 128 and group <= 64
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
     precise = dtype == torch.float32  # IEEE float32 dots run on the scalar units: small tiles, registers are scarce
     rows = max(power_of_two(group), 32 if precise else 64)
     keys = min(power_of_two(block_size, 16), 32 if precise else 128)
     rows, keys, stages = _shrink(forward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages=1)
     registers = 128 if max(dk, dv, 2 * keys) <= 128 and rows == 64 and not precise else None
-    return Launch(rows, rows // group, keys, 8 * (rows // group), 4, stages, registers)
+    return Launch(rows, rows // group, keys, 8 * (rows // group), 4, stages, registers, hopper=hopper)
 
 
 @functools.cache
@@ -155,6 +170,7 @@ def dense_launch(
 @functools.cache
 def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.dtype, device: Device) -> Launch:
     """The backward kernel's parameters; dK and dV of a tile of keys stay in registers."""
+    hopper = device.gluon and dtype.itemsize == 2 and {dk, dv} <= {64, 128} and block_size > 32 and group <= 128
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
     wide, precise = max(dk, dv), dtype == torch.float32
     keys = min(power_of_two(block_size, 16), 16 if precise else 64, max(16, 8192 // wide))
@@ -166,10 +182,13 @@ def backward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.
         rows = 128 if wide <= 128 and keys == 64 else 64
         warps = 8 if wide > 64 and keys > 16 else 4
         stages = 3 if device.capability < 100 else 1  # tcgen05 stages P and dS in shared memory instead
+    if hopper:
+        rows, warps = 128, 8
     rows = max(rows, power_of_two(group))
     rows, keys, stages = _shrink(backward_shared_memory, dk, dv, dtype, device, group, rows, keys, stages)
     transposed = device.capability >= 90 and not precise
-    return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages, transposed=transposed)
+    hopper &= (rows, keys) == (128, 64)
+    return Launch(rows, rows // group, keys, 16 * (rows // group), warps, stages, transposed=transposed, hopper=hopper)
 
 
 def _shrink(

@@ -31,6 +31,7 @@ from .launch import device_of, power_of_two, slice_queries
 from .launcher import fork, join, run
 from .plan import Plan, Positions, build_plan, cut
 from .items import CHANGING, LOG2E, last_visible, load_item, tile_mask
+from .selected_gradient_hopper import gradient_kernel
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -63,10 +64,9 @@ def _gradient_kernel(
     do_stride_b, do_stride_h, do_stride_n, l_stride_b, l_stride_h, d_stride_b, d_stride_h,
     n_index_heads, lanes_per_kv,
     first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, scale, log2_scale, log2e,
-    G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, DETERMINISTIC: tl.constexpr, WIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, WIDE: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     item = (tl.program_id(0) // PARTS) % capacity
@@ -385,19 +385,30 @@ def launch_gradient(
         *(plan.slice_length * x.stride(2) + p.group * x.stride(1) for x in (q, dout)),
         plan.slice_length * plan.kept.shape[-1] * p.group * p.parts * d,
     )
+    programs = len(lanes) * plan.capacity * p.parts
+    tensors = (
+        q, k, v, dout, p.lse, p.delta, dq, dk, dv, plan.order, plan.item_starts, plan.item_block, plan.item_first,
+        plan.item_length, plan.order if offsets is None else offsets,
+    )  # fmt: skip
+    fixed = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *p.lse.stride()[:2], *p.delta.stride()[:2], hi, hi // hkv,
+    )  # fmt: skip
+    varying = (
+        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, p.positions.offset,
+        p.scale, p.scale * LOG2E, LOG2E,
+    )  # fmt: skip
+    shared = dict(
+        G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries,
+        KEYS=launch.keys, PARTS=p.parts, RULE=p.rule, HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic,
+        WIDE=furthest >= 2**31,
+    )  # fmt: skip
+    if launch.hopper and all(stride % 16 == 0 for x in (q, k, v, dout) for stride in x.stride()[:3]):
+        constants = {**shared, "WARPS": launch.warps}
+        run(gradient_kernel, programs, tensors, fixed, varying, constants, stream, num_warps=launch.warps)
+        return
+    padded = {**shared, "DK_PAD": power_of_two(d, 16), "DV_PAD": power_of_two(e, 16), "TRANSPOSED": launch.transposed}
     run(
-        _gradient_kernel, len(lanes) * plan.capacity * p.parts,
-        (q, k, v, dout, p.lse, p.delta, dq, dk, dv, plan.order, plan.item_starts, plan.item_block, plan.item_first,
-         plan.item_length, plan.order if offsets is None else offsets),
-        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *p.lse.stride()[:2], *p.delta.stride()[:2],
-         hi, hi // hkv),
-        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks,
-         p.positions.offset, p.scale, p.scale * LOG2E, LOG2E),
-        dict(G=p.group, T=plan.kept.shape[-1], DK=d, DV=e, DK_PAD=power_of_two(d, 16), DV_PAD=power_of_two(e, 16),
-             BLOCK_SIZE=p.block_size, ROWS=launch.rows, QUERIES=launch.queries, KEYS=launch.keys, PARTS=p.parts, RULE=p.rule,
-             HAS_OFFSETS=offsets is not None, DETERMINISTIC=deterministic, WIDE=furthest >= 2**31,
-             TRANSPOSED=launch.transposed),
-        stream,
+        _gradient_kernel, programs, tensors, fixed, varying, padded, stream,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 

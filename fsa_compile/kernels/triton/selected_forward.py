@@ -26,6 +26,7 @@ from .launch import forward_launch, power_of_two, slice_queries
 from .launcher import fork, join, run
 from .plan import Plan, Positions, build_plan, cut
 from .selected_dense import launch_dense
+from .selected_partial_hopper import partial_kernel
 
 
 SMALL = 1 << 24
@@ -38,9 +39,9 @@ def _partial_kernel(
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     n_index_heads, lanes_per_kv,
     first_lane, begin_lane, slice_index, n_slices, slice_length, capacity, n_keys, n_blocks, offset, log2_scale,
-    G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_PAD: tl.constexpr,
 ):  # fmt: skip
     store = tl.program_id(0) // capacity  # lane of the scratch; the plan starts at first_lane, this launch at begin_lane
     item = tl.program_id(0) % capacity
@@ -86,7 +87,8 @@ def _partial_kernel(
             q_row = local.to(tl.int64) * q_stride_n + g.to(tl.int64) * q_stride_h
         else:
             q_row = local * q_stride_n + g * q_stride_h
-        q_tile = tl.load(q_base + q_row[:, None] + c[None, :], mask=tile_mask(live, c, DK, DK_PAD), other=0.0)
+        q_at = q_base + q_row[:, None] + c[None, :]
+        q_tile = tl.load(q_at, mask=tile_mask(live, c, DK, DK_PAD), other=0.0, eviction_policy="evict_last")
         if MASKED:
             last = last_visible(slice_index * slice_length + local + shift, block, n_keys, BLOCK_SIZE, RULE)
         if KEYS == BLOCK_PAD:
@@ -123,7 +125,8 @@ def _partial_kernel(
         l_safe = tl.where(l_i == 0.0, 1.0, l_i)
         acc = acc * (1.0 / l_safe)[:, None]
         slot = pair * G + g
-        tl.store(partial + slot[:, None] * DV + e[None, :], acc.to(partial.dtype.element_ty), mask=tile_mask(live, e, DV, DV_PAD))
+        to = partial + slot[:, None] * DV + e[None, :]  # read once, much later: rows of q stay in the cache instead
+        tl.store(to, acc.to(partial.dtype.element_ty), mask=tile_mask(live, e, DV, DV_PAD), cache_modifier=".cs")
         tl.store(partial_lse + slot, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe)), mask=live)
 
 
@@ -253,18 +256,31 @@ def launch_partial(
     """Partials of slice `index`: partial (lanes, slice_length * t, g, dv), partial_lse (lanes, slice_length * t, g), base 2."""
     (_, hq, _, dk), (_, hkv, m, dv), offsets, group = q.shape, v.shape, positions.offsets, partial.shape[2]
     hi, whole = hq // group, m % block_size == 0 and block_size == power_of_two(block_size, 16)
+    programs = len(lanes) * plan.capacity
+    tensors = (
+        q, k, v, partial, partial_lse, plan.order, plan.item_starts, plan.item_block, plan.item_first, plan.item_length,
+        plan.order if offsets is None else offsets,
+    )  # fmt: skip
+    fixed = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], hi, hi // hkv)
+    varying = (
+        plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, positions.offset,
+        scale * LOG2E,
+    )  # fmt: skip
+    constants = dict(
+        G=group, T=plan.kept.shape[-1], DK=dk, DV=dv, BLOCK_SIZE=block_size, ROWS=launch.rows, QUERIES=launch.queries,
+        KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None, MASKED=plan.dense is None or not whole,
+        WIDE=plan.slice_length * q.stride(2) + group * q.stride(1) >= 2**31,
+    )  # fmt: skip
+    if launch.hopper and all(stride % 16 == 0 for x in (q, k, v) for stride in x.stride()[:3]):
+        options = {"num_warps": launch.warps, "maxnreg": launch.registers}
+        run(partial_kernel, programs, tensors, fixed, varying, {**constants, "WARPS": launch.warps}, stream, **options)
+        return
+    padded = {
+        **constants, "DK_PAD": power_of_two(dk, 16), "DV_PAD": power_of_two(dv, 16), "BLOCK_PAD": power_of_two(block_size, 16),
+    }  # fmt: skip
     run(
-        _partial_kernel, len(lanes) * plan.capacity,
-        (q, k, v, partial, partial_lse, plan.order, plan.item_starts, plan.item_block, plan.item_first, plan.item_length,
-         plan.order if offsets is None else offsets),
-        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], hi, hi // hkv),
-        (plan.lanes.start, lanes.start, index, plan.slices, plan.slice_length, plan.capacity, m, plan.blocks, positions.offset,
-         scale * LOG2E),
-        dict(G=group, T=plan.kept.shape[-1], DK=dk, DV=dv, DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16),
-             BLOCK_SIZE=block_size, BLOCK_PAD=power_of_two(block_size, 16), ROWS=launch.rows, QUERIES=launch.queries,
-             KEYS=launch.keys, RULE=rule, HAS_OFFSETS=offsets is not None, MASKED=plan.dense is None or not whole,
-             WIDE=plan.slice_length * q.stride(2) + group * q.stride(1) >= 2**31),
-        stream, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        _partial_kernel, programs, tensors, fixed, varying, padded, stream,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
