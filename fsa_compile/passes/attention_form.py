@@ -72,7 +72,9 @@ class AttentionForm:
         kv_heads: The number of heads of K and V.
         q, k, v: The operands.
         probability: The element of the softmax's result that belongs to (b, h, i, j).
-        zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num, a second mask behind the softmax or the output).
+        zero_rows: Whether a row that sees nothing gives zeros (SDPA, nan_to_num, a second mask behind the softmax or the output,
+            a divisor that is kept from zero).
+        settled: Whether it is known what such a row gives; it is not where a softmax by hand subtracts any run-time value.
     """
 
     softmax: str
@@ -99,6 +101,7 @@ class AttentionForm:
     v: Operand
     probability: tuple[Expr, ...]
     zero_rows: bool
+    settled: bool
 
     @property
     def groups(self) -> int:

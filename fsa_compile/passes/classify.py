@@ -167,6 +167,9 @@ def _empty_rows(
     proof = prove_no_empty_row(view, candidate, prover)
     if proof is not None:
         return (proof,), None
+    if not form.settled:
+        text = "a query may see no key, and what its weights are then depends on what is subtracted from the logits"
+        raise Refusal(ReasonKind.EMPTY_ROWS, text)
     added_gradient = form.additive and needs_grad
     whole_rows = view.dense and form.keys is form.width
     minus_infinity = -math.inf in form.fills

@@ -69,7 +69,7 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
                     key=key, guard=x.conj(ks.guard, vs.guard), keys=length,
                     kv_heads=kv_heads, q=Operand(qs.node.name, ql, dtype(raw.q[0])),
                     k=Operand(ks.node.name, kl, dtype(raw.k[0])), v=Operand(vs.node.name, vl, dtype(raw.v[0])),
-                    probability=raw.probability, zero_rows=raw.zero_rows,
+                    probability=raw.probability, zero_rows=raw.zero_rows, settled=raw.settled,
                 )  # fmt: skip
                 break
             else:

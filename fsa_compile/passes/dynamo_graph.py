@@ -19,7 +19,9 @@ CUT_TARGETS = frozenset(
 )
 """Calls that neither attention nor its masks look through (see `is_cut`): their results are inputs of the shadow."""
 
-SOFTMAX_TARGETS = frozenset("softmax _softmax scaled_dot_product_attention flex_attention exp".split())
+SOFTMAX_TARGETS = frozenset(
+    "softmax _softmax special_softmax softmin scaled_dot_product_attention flex_attention exp exp2 special_exp2".split()
+)
 MODE_SWITCHES = (
     "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode",
 )  # fmt: skip

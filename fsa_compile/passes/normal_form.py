@@ -6,7 +6,7 @@ Batch and heads have no names yet: that is `cut.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -17,6 +17,7 @@ from .expr import Expr
 from .nodes import dtype, is_real, is_tensor, op_name, rounded
 from .reader import Coords, Reader
 from .refusal import Refusal
+from .row_sums import EmptyRow, empty_row
 from .smt import solve
 from .temperature import Factor, Term, terms
 
@@ -36,7 +37,7 @@ class NormalForm:
     Attributes:
         coords: The four virtual coordinates of the output; `value_dim` is the one that belongs to the values.
         j: The key index; d: the head dimension that queries and keys contract; width: how many key indices there are.
-        visible, fills, additive, in_sums, scale, zero_rows: As in `AttentionForm`.
+        visible, fills, additive, in_sums, scale, zero_rows, settled: As in `AttentionForm`.
         factors: What becomes the form's temperatures.
         probability: The element of the softmax's result.
         q, k, v: The operands at the contractions: (node, coordinates).
@@ -58,6 +59,7 @@ class NormalForm:
     k: tuple[Node, Coords]
     v: tuple[Node, Coords]
     zero_rows: bool
+    settled: bool
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,13 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     jv = x.as_var(j)
     assert jv is not None
     logit = r.logit(softmax, coords)
-    visible, fills, additive, in_sums, product = _masked_product(
-        r, logit, jv, max(negligible(dtype(softmax)), negligible(dtype(value_node)))
-    )
+    threshold = max(negligible(dtype(softmax)), negligible(dtype(value_node)))
+    if r.is_quotient(softmax):
+        threshold *= math.log(2)  # two to the -1e9 is a logit of -6.9e8
+    visible, fills, additive, in_sums, product = _masked_product(r, logit, jv, threshold)
+    empty = EmptyRow(fills, additive)
+    if r.is_quotient(softmax):
+        empty = empty_row(r, softmax, coords, jv, visible, empty, threshold)
     if kept is not x.TRUE and not _keeps_what_is_visible(kept, visible, jv):
         raise Refusal(ReasonKind.LOGITS, "the probabilities are masked behind the softmax by another mask than the logits")
     bound = product.rest.args[0]
@@ -126,23 +132,23 @@ def normal_form(r: Reader, softmax: Node, contraction: Node, anchor: Anchor) -> 
     (kn, kc), (qn, qc) = operands[keyed[0]], operands[1 - keyed[0]]
     assert kn is not None and qn is not None
     _no_narrower_cast(contraction, (qn, kn, value_node))
-    numbers = zeroed or op_name(softmax) in SAFE or -math.inf not in fills  # no row of NaN
-    zero_rows = kept is not x.TRUE and (numbers or not multiplied) or fills == {-math.inf} and numbers
+    numbers = zeroed or empty.zero or op_name(softmax) in SAFE or empty.settled and -math.inf not in empty.fills  # no NaN
+    zero_rows = empty.zero or kept is not x.TRUE and (numbers or not multiplied) or empty.fills == {-math.inf} and numbers
     if alive is not x.TRUE:
         shown = _shown(alive, visible, jv, width)
         if shown is None or shown is visible and not numbers:
             raise Refusal(ReasonKind.LOGITS, "rows of the output are set to zero, and not just those without a visible key")
         if shown is not visible:  # what is added to masked logits plays no part in rows that are shown keys for want of their own
-            visible, additive, in_sums = shown, False, False
+            visible, empty, in_sums = shown, replace(empty, additive=False), False
         zero_rows = True
     rows = visible.free.union(*(c.free for c in (*coords, *qc, *(c for f in factors for c in f.coords))))
     spare = [o for o in anchor.coords if x.as_var(o) and x.as_var(o) not in rows]
     if len(spare) != 1:
         raise Refusal(ReasonKind.OPERANDS, "no single dimension of the output belongs to the values alone")
     return NormalForm(
-        coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=fills,
-        additive=additive, in_sums=in_sums, scale=product.number, factors=tuple(factors), q=(qn, qc), k=(kn, kc), v=(value_node, value_coords),
-        probability=coords, zero_rows=zero_rows,
+        coords=anchor.coords, value_dim=spare[0], j=j, d=x.poly(bound[0]), width=width, visible=visible, fills=empty.fills,
+        additive=empty.additive, in_sums=in_sums, scale=product.number, factors=tuple(factors),
+        q=(qn, qc), k=(kn, kc), v=(value_node, value_coords), probability=coords, zero_rows=zero_rows, settled=empty.settled,
     )  # fmt: skip
 
 

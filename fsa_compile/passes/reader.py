@@ -73,8 +73,8 @@ CREATIONS = (
 )  # fmt: skip
 NAMED = ("nan_to_0", "about", "at_most")
 """Opaque reals that rules know by name."""
-SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
-HANDMADE = ("div", "exp")
+SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "special_softmax")
+HANDMADE = ("div", "mul", "exp")
 """Ops that give probabilities where `handmade` says so."""
 FUSED: dict[str, Callable[["Reader", Node, Coords], Expr]] = {}
 """Ops that are a whole attention ``(q, k, v, ...)``, with the rule for their logits at (..., query, key)."""
@@ -311,9 +311,7 @@ class Reader:
         name = op_name(n)
         if name == "exp":
             return self.handmade_softmax(n) is not None
-        if name == "div":
-            return self.handmade_softmax(n) is not None or constant_factor(n) is not None
-        if name == "mul" and constant_factor(n) is not None:
+        if name in ("div", "mul") and (constant_factor(n) is not None or self.handmade_softmax(n) is not None):
             return True
         if name in ("masked_fill", "where", "mul"):
             return self.is_probability(n)
@@ -332,15 +330,26 @@ class Reader:
 
     # -- softmax
     def handmade_softmax(self, n: Node) -> tuple[Node, int] | None:
-        """What the division or exponential `n` normalises: (weights ``e = exp(y)`` or logits, axis), or None. See `handmade.py`."""
+        """What the quotient or exponential `n` normalises: (weights ``e = exp(y)`` or logits, axis), or None."""
+        found = self.normalised(n)
+        return None if found is None else (found.weights, found.axis)
+
+    def normalised(self, n: Node) -> handmade.Normalised | None:
+        """The softmax by hand that `n` is, or None."""
+        if op_name(n) not in HANDMADE:
+            return None
         if n not in self._handmade:
             self._handmade[n] = handmade.match(self, n)
-        found = self._handmade[n]
-        return None if found is None else (found.weights, found.axis)
+        return self._handmade[n]
+
+    def is_quotient(self, n: Node) -> bool:
+        """Whether `n` is a softmax by hand that divides weights, or a sum of values, by their sum."""
+        found = self.normalised(n)
+        return found is not None and found.numerator is not None
 
     def divides_sum(self, n: Node) -> bool:
         """Whether the division `n` normalises after the values were summed: ``(e @ v) / e.sum()``."""
-        found = self._handmade.get(n)
+        found = self.normalised(n)
         return found is not None and found.deferred
 
     def softmax_axis(self, n: Node) -> tuple[Node, int]:
@@ -360,7 +369,7 @@ class Reader:
         if name in FUSED:
             return FUSED[name](self, n, coords)
         source, _ = self.softmax_axis(n)
-        return handmade.logit(self, source, coords) if name == "div" else self.read(source, coords, Mode.FORMULA)
+        return handmade.logit(self, source, coords) if self.is_quotient(n) else self.read(source, coords, Mode.FORMULA)
 
     def product(self, n: Node, name: str, c: Coords, factors: Sequence[tuple[Any, Expr, bool]]) -> Expr:
         """An opaque product ("mul") or quotient ("div") of two reals, remembered with the places of its factors.

@@ -176,7 +176,7 @@ class _WidePath:
         elif n in self.region.path:
             args, kwargs = map_arg((n.args, n.kwargs), lambda a: self.env[a] if a in self.env else _widened(base[a], self.wide))
             with _plain(self.region.needs_grad):
-                self.env[n] = self.replay.wide(n, args, kwargs, self.wide)
+                self.env[n] = _absorbed(n, base, self.env, self.replay.wide(n, args, kwargs, self.wide))
 
     def replacement(self, base: Mapping[Node, Any]) -> Tensor:
         """What the rewrite puts in the place of the output, on the operands of this run."""
@@ -211,6 +211,18 @@ class _WidePath:
             return [torch.zeros_like(t) for t in leaves]
         found = torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found)]
+
+
+def _absorbed(n: Node, base: Mapping[Node, Any], env: Mapping[Node, Any], wide: Any) -> Any:
+    """The result `wide` of the call `n`; of ``t + 1e-9`` the elements of t itself where the model's own arithmetic rounds the
+    number away. That is what the model computes, and what a floor under a sum may be proven by (`row_sums`)."""
+    numbers = [a for a in n.args if isinstance(a, float)]
+    if dg.target_name(n) != "add" or len(n.all_input_nodes) != 1 or len(numbers) != 1 or n.kwargs:
+        return wide
+    (source,) = n.all_input_nodes
+    if source not in env or not isinstance(wide, Tensor) or base[source].shape != wide.shape:
+        return wide
+    return torch.where(base[n] == base[source], env[source], wide)
 
 
 def distance(got: Tensor, want: Tensor, floor: float = 0.0) -> float:

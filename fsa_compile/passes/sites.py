@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from .handmade import EXPONENTIALS
 from .nodes import argument, is_real, is_tensor, op_name
 from .reader import FUSED, HANDMADE, SOFTMAXES, Reader
 
@@ -35,17 +36,19 @@ def find_sites(r: Reader) -> Iterator[SiteNodes]:
     Args:
         r: Reader of the shadow graph.
     """
+    deferred = {d.numerator for n in r.graph_module.graph.nodes if (d := r.normalised(n)) is not None and d.deferred}
     for n in r.graph_module.graph.nodes:
         name = op_name(n)
         if not name or not is_tensor(n) or not is_real(n):
             continue
         if name in FUSED:
             yield SiteNodes(n, n)
-        elif name == "div" and r.handmade_softmax(n) is not None and r.divides_sum(n):
+        elif r.divides_sum(n):
             yield SiteNodes(n, n)
         elif name in SOFTMAXES or name in HANDMADE and r.handmade_softmax(n) is not None:
-            for c in _contractions(n):
-                yield SiteNodes(n, c)
+            for c in _contractions(r, n):
+                if c not in deferred:  # probabilities that are summed up and then divided by their own sum
+                    yield SiteNodes(n, c)
 
 
 def unmatched_weights(r: Reader, sites: Sequence[SiteNodes]) -> Iterator[SiteNodes]:
@@ -55,10 +58,11 @@ def unmatched_weights(r: Reader, sites: Sequence[SiteNodes]) -> Iterator[SiteNod
         r: Reader of the shadow graph.
         sites: What `find_sites` found.
     """
-    known = {s.contraction for s in sites} | {s.softmax.args[0] for s in sites}
+    divided = (r.normalised(s.softmax) for s in sites)
+    known = {s.contraction for s in sites} | {d.numerator for d in divided if d is not None}
     for n in r.graph_module.graph.nodes:
-        if op_name(n) == "exp" and is_tensor(n) and n.meta["val"].dim() >= 2:
-            for c in _contractions(n):
+        if op_name(n) in EXPONENTIALS and is_tensor(n) and n.meta["val"].dim() >= 2:
+            for c in _contractions(r, n):
                 if c not in known:
                     yield SiteNodes(n, c)
 
@@ -75,7 +79,8 @@ def _sums_values(n: Node, weights: Node) -> bool:
     return many and len([s for s in product.shape if not isinstance(s, int) or s != 1]) > len(sizes)
 
 
-def _contractions(n: Node) -> list[Node]:
+def _contractions(r: Reader, n: Node) -> list[Node]:
+    """What sums up values with the probabilities `n`; those that are divided by their sum again are a softmax of their own."""
     found: list[Node] = []
     seen, todo = {n}, [n]
     while todo:
@@ -84,6 +89,8 @@ def _contractions(n: Node) -> list[Node]:
                 continue
             seen.add(user)
             name = op_name(user)
+            if r.is_quotient(user):
+                continue
             contracts = name in CONTRACTIONS or _sums_values(user, n)
             if contracts and is_tensor(user) and user.meta["val"].dim() >= 2:
                 found.append(user)

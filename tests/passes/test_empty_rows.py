@@ -175,7 +175,95 @@ def added_by_hand(fill: float) -> Attend:
     return attend
 
 
+def by_hand(
+    before: Callable[[Tensor, Tensor], Tensor],
+    *,
+    minus: Callable[[Tensor], Tensor] = lambda s: s.amax(-1, keepdim=True),
+    behind: Callable[[Tensor, Tensor], Tensor] = lambda e, mask: e,
+    floor: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Attend:
+    """Weights of logits that are masked `before` the exponential and `behind` it, divided by what `floor` makes of their sum."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = before(scores(q, k), mask)
+        e = behind((s - minus(s)).exp(), mask)
+        return e / floor(e.sum(-1, keepdim=True)) @ v
+
+    return attend
+
+
+def fill_with(fill: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda t, mask: t.masked_fill(~mask, fill)
+
+
+def add_to(fill: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda t, mask: t + torch.zeros(mask.shape).masked_fill(~mask, fill)
+
+
+def no_maximum(s: Tensor) -> Tensor:
+    return torch.zeros(())
+
+
+def times(e: Tensor, mask: Tensor) -> Tensor:
+    return e * mask
+
+
+def clamped(total: Tensor) -> Tensor:
+    return total.clamp_min(1e-9)
+
+
+def clamped_low(total: Tensor) -> Tensor:
+    return total.clamp(min=1e-36)
+
+
+def maximum_of_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return by_hand(fill_with(MIN), minus=lambda s: scores(q, k).amax(-1, keepdim=True))(q, k, v, mask)
+
+
+def never_zero(total: Tensor) -> Tensor:
+    return total.masked_fill(total == 0, 1.0)
+
+
+def normalised_again(
+    before: Callable[[Tensor, Tensor], Tensor], floor: Callable[[Tensor], Tensor] = lambda total: total
+) -> Attend:
+    """Probabilities that are masked and divided by their sum."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        p = before(scores(q, k), mask).softmax(-1) * mask
+        return p / floor(p.sum(-1, keepdim=True)) @ v
+
+    return attend
+
+
+BY_HAND: dict[str, Attend] = {
+    "no maximum, -inf": by_hand(fill_with(-INF), minus=no_maximum),
+    "no maximum, finite": by_hand(fill_with(-1e9), minus=no_maximum),
+    "no maximum, finite, added": by_hand(add_to(MIN), minus=no_maximum),
+    "no maximum, finite, never zero": by_hand(fill_with(-1e9), minus=no_maximum, floor=never_zero),
+    "no maximum, multiplied, never zero": by_hand(lambda s, mask: s, minus=no_maximum, behind=times, floor=never_zero),
+    "mean subtracted, finite": by_hand(fill_with(-1e9), minus=lambda s: s.mean(-1, keepdim=True)),
+    "maximum of all": maximum_of_all,
+    "maximum, -inf, added, filled": by_hand(add_to(-INF), behind=fill_with(0.0)),
+    "maximum, -inf, clamped": by_hand(fill_with(-INF), floor=clamped),
+    "maximum, finite, clamped": by_hand(fill_with(-1e9), floor=clamped),
+    "maximum, finite, multiplied": by_hand(fill_with(-1e9), behind=times),
+    "maximum, finite, multiplied, clamped": by_hand(fill_with(-1e9), behind=times, floor=clamped),
+    "maximum, finite, added, multiplied, clamped": by_hand(add_to(MIN), behind=times, floor=clamped),
+    "maximum, finite, multiplied, plus 1e-9": by_hand(fill_with(-1e9), behind=times, floor=lambda total: total + 1e-9),
+    "maximum, finite, multiplied, clamped at 1e-36": by_hand(fill_with(-1e9), behind=times, floor=clamped_low),
+    "maximum, -inf, multiplied, clamped": by_hand(fill_with(-INF), behind=times, floor=clamped),
+    "maximum, -inf, filled, clamped": by_hand(fill_with(-INF), behind=fill_with(0.0), floor=clamped),
+    "maximum, -inf, added, filled, clamped": by_hand(add_to(-INF), behind=fill_with(0.0), floor=clamped),
+    "normalised again": normalised_again(lambda s, mask: s),
+    "normalised again, finite": normalised_again(fill_with(-1e9)),
+    "normalised again, finite, clamped": normalised_again(fill_with(-1e9), clamped),
+    "normalised again, -inf, clamped": normalised_again(fill_with(-INF), clamped),
+}
+"""Weights by hand, whose rows without keys are 0 / 0, or 0 / 1e-9, or what the largest fill makes of them."""
+
 WAYS: dict[str, Attend] = {
+    **BY_HAND,
     "masked_fill -inf": filled(-INF),
     "masked_fill finfo.min": filled(MIN),
     "masked_fill -1e9": filled(-1e9),
@@ -240,6 +328,16 @@ WAYS: dict[str, Attend] = {
     "softmax by hand, finite": handmade(-1e9),
 }
 MUST_FIRE_WITHOUT_GRAD = {
+    "no maximum, -inf",
+    "no maximum, finite",
+    "no maximum, finite, never zero",
+    "no maximum, multiplied, never zero",
+    "maximum, finite, clamped",
+    "maximum, finite, multiplied, clamped",
+    "maximum, finite, added, multiplied, clamped",
+    "maximum, finite, multiplied, plus 1e-9",
+    "maximum, -inf, filled, clamped",
+    "normalised again, finite, clamped",
     "masked_fill -inf",
     "masked_fill finfo.min",
     "masked_fill -1e9",

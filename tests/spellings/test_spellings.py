@@ -16,8 +16,8 @@ import fsa_compile
 from fsa_compile.report import Report, Verdict
 
 from . import (
-    additive, block_map, codes, compressed, dense_layouts, dense_mask, gathered, incidence, layer, log_space, loops, named_axes, products,
-    raised, sdpa, temperature, window,
+    additive, block_map, by_hand, codes, compressed, dense_layouts, dense_mask, gathered, incidence, layer, log_space, loops,
+    named_axes, products, raised, sdpa, temperature, window,
 )  # fmt: skip
 from .lookalikes import LOOKALIKES, LookAlike
 from .spelling import Kind, Mutant, Problem, Spelling
@@ -25,8 +25,8 @@ from .spelling import Kind, Mutant, Problem, Spelling
 SEED = 2
 TOLERANCE = 1e-5
 FAMILIES = (
-    dense_mask, block_map, codes, incidence, log_space, dense_layouts, sdpa, gathered, products, loops, named_axes, additive, raised,
-    temperature, window, compressed, layer,
+    dense_mask, block_map, codes, incidence, log_space, by_hand, dense_layouts, sdpa, gathered, products, loops, named_axes, additive,
+    raised, temperature, window, compressed, layer,
 )  # fmt: skip
 SPELLINGS = tuple(spelling for family in FAMILIES for spelling in family.SPELLINGS)
 PAIRS = tuple((spelling, mutant) for spelling in SPELLINGS for mutant in spelling.mutants)

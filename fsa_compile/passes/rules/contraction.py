@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 
 from torch.fx import Node
 
@@ -148,15 +149,16 @@ def einsum_letters(equation: str, ranks: list[int]) -> tuple[list[str], str] | N
     return out, right.replace("...", batch)
 
 
-@values("softmax", "_softmax", "_safe_softmax")
+@values("softmax", "_softmax", "_safe_softmax", "special_softmax")
 def _softmax(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.softmax(n.name, c)
 
 
 def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     """``(e @ v) / e.sum()``: the contraction of the probabilities with v, if the sum is that of the same row."""
-    numerator, total = n.args[:2]
-    weights, d = r.softmax_axis(n)
+    normalised = r.normalised(n)
+    assert normalised is not None and normalised.numerator is not None
+    numerator, weights, d = normalised.numerator, normalised.weights, normalised.axis
     product = r.read(numerator, r.align(numerator, c))
     factors = r.operands.get(product, ())
     places = [(k, step.coords) for k, f in enumerate(factors) for step in _down_to(r, f, weights)]
@@ -165,17 +167,26 @@ def deferred_softmax(r: Reader, n: Node, c: Coords) -> Expr | None:
     position, at = places[0]
     if [v for v in product.args[0]] != [x.as_var(at[d])]:
         return None
-    # The row of the sum, read down to the sum itself.
-    steps = [s for s in operands.chain(r, total, r.align(total, c)) if op_name(s.node) == "sum"]
-    if not steps or steps[0].guard is not x.TRUE:
+    row = _row(r, normalised.divisor, c)
+    if row is None:
         return None
-    row = steps[0].coords
     keepdim = len(row) == rank(weights)
     if row != (at[:d] + (x.ZERO,) + at[d + 1 :] if keepdim else at[:d] + at[d + 1 :]):
         return None
     other, where = factors[1 - position]
     assert other is not None
     return r.contraction([at[d]], [(None, (), x.softmax(n.name, at)), operand(r, other, where)])
+
+
+def _row(r: Reader, divisor: Sequence[Node], c: Coords) -> Coords | None:
+    """The row of the sum that element `c` of a quotient is divided by."""
+    at = r.align(divisor[0], c)
+    for n, below in zip(divisor, divisor[1:]):
+        step = r.move(n, at, Mode.FORMULA)
+        if step is not None and (step.source is not below or step.guard is not x.TRUE):
+            return None
+        at = step.coords if step is not None else r.align(below, at)
+    return at
 
 
 def _down_to(r: Reader, factor: tuple[Node | None, Coords], node: Node) -> list[operands.Step]:

@@ -181,7 +181,7 @@ def underflows(r: Reader, p: Expr, threshold: float) -> Expr:
     name, coords = p.args
     node = r.nodes[name]
     source, d = r.softmax_axis(node)
-    if source is node or op_name(node) == "div":  # SDPA, and weights of a hand-made softmax: no logits to look at
+    if source is node or r.is_quotient(node):  # SDPA, and weights of a hand-made softmax: no logits to look at
         return x.FALSE
     here = r.read(source, coords, Mode.VALUE)
     size = r.shape(source)[d]
@@ -241,6 +241,8 @@ def _add(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
 
 @values("mul", "multiply")
 def _mul(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
+    if r.handmade_softmax(n) is not None:
+        return _quotient(r, n, c)
     # Probabilities are read on as an operand; what multiplies them is a mask, or else they are the operand.
     modes = (Mode.FORMULA if m is Mode.OPERAND and is_tensor(v) and not r.is_probability(v) else m for v in n.args[:2])
     a, b = (r.operand(n, v, c, mode) for v, mode in zip(n.args[:2], modes))
@@ -277,10 +279,15 @@ def _exp(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     return x.softmax(n.name, c) if r.handmade_softmax(n) is not None else None
 
 
+def _quotient(r: Reader, n: Node, c: Coords) -> Expr | None:
+    """A softmax by hand."""
+    return deferred_softmax(r, n, c) if r.divides_sum(n) else x.softmax(n.name, c)
+
+
 @values("div", "true_divide", "divide")
 def _div(r: Reader, n: Node, c: Coords, m: Mode) -> Expr | None:
     if r.handmade_softmax(n) is not None:
-        return deferred_softmax(r, n, c) if r.divides_sum(n) else x.softmax(n.name, c)
+        return _quotient(r, n, c)
     if n.kwargs.get("rounding_mode") == "floor" and is_int(n):
         return _floor_divide(r, n, c, m)
     if n.kwargs.get("rounding_mode") is not None or not is_real(n):
