@@ -38,8 +38,10 @@ class Match:
         reader: Where the nodes are that it names.
         proofs: The discharged obligations.
         empty_value: What a row that sees no key gives in the user's code: None if there is no such row, else
-            ``"zero"``, ``"nan"``, ``"mean"`` (a finite fill gives the mean over all keys) or ``"even"`` (the same from logits
-            that a fill was added to: gradients flow to q and k as from a softmax of equal logits).
+            ``"zero"``, ``"nan"``, ``"mean"`` (a finite fill gives the mean over all keys), ``"even"`` (the same from logits
+            that a fill was added to: gradients flow to q and k as from a softmax of equal logits), ``"poison"`` (NaN from logits
+            that -inf was added to: the gradients of q and k are NaN too) or ``"poisoned zero"`` (set to zero behind the softmax:
+            these gradients alone are NaN).
     """
 
     pattern: Pattern
@@ -176,6 +178,9 @@ def _empty_rows(
     if form.zero_rows or form.fills == {-math.inf}:
         safe = op_name(view.reader.nodes[form.softmax]) in SAFE
         if added_gradient and minus_infinity and not safe:  # 0 * NaN reaches q and k through the sum
+            everywhere = whole_rows and form.in_sums and op_name(view.reader.nodes[form.softmax]) in SOFTMAXES
+            if form.fills == {-math.inf} and everywhere:
+                return (), "poisoned zero" if form.zero_rows else "poison"
             raise Refusal(
                 ReasonKind.GRADIENT,
                 "a query may see no key, and an added -inf then gives NaN gradients that the op would drop",

@@ -309,17 +309,26 @@ def _fill_empty_rows(out: Any, lse: Any, tensors: Tensors, match: Match, groups:
         raise Refusal(ReasonKind.EMPTY_ROWS, f"a query may see no key, and pattern {match.pattern.name!r} returns no log-sum-exp")
     empty = (lse == float("-inf")).unsqueeze(-1)
     v = tensors.v
+    poisoned = match.empty_value in ("poison", "poisoned zero")
     if match.empty_value in ("mean", "even"):
         fill = v.mean(2, keepdim=True)
+    elif match.empty_value == "poisoned zero":
+        fill = tensors.k.mean((2, 3), keepdim=True)
     else:
         # Eager NaN probabilities multiply every value: forward NaN in this row, gradient NaN in all values.
         fill = v.sum(2, keepdim=True)
+    if match.empty_value == "poison":
+        fill = fill + tensors.k.mean((2, 3), keepdim=True)
     if groups > 1:
         fill = fill.repeat_interleave(groups, 1)
+    if poisoned:
+        fill = fill + tensors.q.mean(-1, keepdim=True)
     if match.empty_value == "even":
         fill = fill + _even_gradient(tensors, match, groups)
-    if match.empty_value == "nan":
+    if match.empty_value in ("nan", "poison"):
         fill = fill * torch.where(empty, float("nan"), 0.0).to(operand_dtype(match))
+    if match.empty_value == "poisoned zero":  # the root of 0 is 0, and its derivative times 0 is NaN
+        fill = torch.where(empty, fill * 0.0, 1.0).sqrt()
     return torch.where(empty, fill, out)
 
 

@@ -271,6 +271,9 @@ WAYS: dict[str, Attend] = {
     "where -inf": chosen(-INF),
     "where finfo.min": chosen(MIN),
     "added -inf": added(-INF),
+    "added -inf, some replaced": partly_added(-INF),
+    "added -inf to detached": added_to_detached(-INF),
+    "added -inf, softmax by hand": added_by_hand(-INF),
     "added finfo.min": added(MIN),
     "added -1e9": added(-1e9),
     "added -1e30": added(-1e30),
@@ -307,6 +310,7 @@ WAYS: dict[str, Attend] = {
     "rows repaired": rows_repaired,
     "output times rows, added -1e9": rows_zeroed(added(-1e9)),
     "output times rows, nan_to_num": rows_zeroed(nan_to_num()),
+    "output times rows, nan_to_num, added": rows_zeroed(nan_to_num(add=True)),
     "output times rows, SDPA, finfo.min": rows_zeroed(sdpa(MIN)),
     "output masked, -inf": rows_zeroed(filled(-INF), by="masked_fill"),
     "output masked, added -inf": rows_zeroed(added(-INF), by="masked_fill"),
@@ -343,13 +347,16 @@ MUST_FIRE_WITHOUT_GRAD = {
     "masked_fill -1e9",
     "where -inf",
     "where finfo.min",
+    "added -inf",
     "added finfo.min",
     "added -1e30",
     "rows refilled with 0",
     "rows refilled with 3",
     "rows refilled, multiplied",
     "nan_to_num",
+    "nan_to_num, added",
     "masked again, -inf",
+    "masked again, -inf, added",
     "masked again, finite",
     "multiplied, -inf",
     "multiplied, finite",
@@ -366,6 +373,7 @@ MUST_FIRE_WITHOUT_GRAD = {
     "output times rows, finite",
     "output times rows, added -1e9",
     "output times rows, nan_to_num",
+    "output times rows, nan_to_num, added",
     "output times rows, SDPA, finfo.min",
     "output masked, -inf",
     "output masked, finite",
@@ -450,7 +458,9 @@ def test_a_sum_with_finfo_min_forgets_the_logit() -> None:
 
 
 @pytest.mark.parametrize(
-    "way", ["masked_fill -inf", "masked_fill finfo.min", "nan_to_num", "SDPA, truths"], ids=lambda w: w.replace(" ", "_")
+    "way",
+    ["masked_fill -inf", "masked_fill finfo.min", "added -inf", "nan_to_num", "nan_to_num, added", "SDPA, truths"],
+    ids=lambda w: w.replace(" ", "_"),
 )
 def test_grouped_heads_repair_each_query_head(way: str) -> None:
     """The repaired value is that of the head's own values."""
