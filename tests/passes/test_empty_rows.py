@@ -472,6 +472,25 @@ def test_grouped_heads_repair_each_query_head(way: str) -> None:
     check(fn, qkv(m=LENGTH // 4, kv_heads=KV_HEADS), True, "compressed")
 
 
+@pytest.mark.parametrize("late", [-1, 0, 1])
+def test_rows_zeroed_by_position(late: int) -> None:
+    """The first query with a key is number 3: a zero for one query less, or one more, is another function."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return filled(-1e9)(q, k, v, compressed_mask(k.shape[2])) * (torch.arange(LENGTH) >= 3 + late)[:, None]
+
+    site = only_site(compiled_like_eager(fn, qkv(m=LENGTH // 4)))
+    assert (site.verdict, site.parameters["empty_rows"]) == (Verdict.REWRITTEN, "mean" if late else "zero")
+
+
+@pytest.mark.parametrize("late", [-1, 1])
+def test_rows_shown_other_keys_and_zeroed_by_position(late: int) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return rows_shown(filled(-INF))(q, k, v, compressed_mask(k.shape[2])) * (torch.arange(LENGTH) >= 3 + late)[:, None]
+
+    assert only_site(compiled_like_eager(fn, qkv(m=LENGTH // 4))).verdict is Verdict.REFUSED
+
+
 def gathered(q: Tensor, k: Tensor, v: Tensor, fill: float, repair: bool = False) -> Tensor:
     """Per-query gather of blocks; where all of them lie in the future, nothing is left."""
     b, h, n, _ = q.shape

@@ -196,7 +196,8 @@ class ByProbability:
         real = x.conj(x.less(x.ZERO, self._overlap(self.key, kernel_size)), self._seen(self.key))
         q.prove("later blocks score zero", "a block after the query has a score", q.eligible, x.conj(scored, real))
         form = self.branch.form
-        safe = self.branch.empty_value is None or -math.inf not in form.fills or op_name(q.r.nodes[form.softmax]) in SAFE
+        finite = form.settled and -math.inf not in form.fills
+        safe = self.branch.empty_value is None or finite or op_name(q.r.nodes[form.softmax]) in SAFE
         if not safe and not all(s.zeroed for s in self.shares):
             q.prove("no NaN", "the scores of a query that sees no compressed key are NaN", q.eligible, scored)
 
