@@ -185,7 +185,7 @@ class Site:
     """One attention site: a softmax between two contractions.
 
     Args:
-        role: ``"selected"``, ``"compressed"``, ``"sliding_window"``, ``"causal"``, ``"unknown"`` or the name of a
+        role: ``"selected"``, ``"compressed"``, ``"sliding_window"``, ``"causal"``, ``"full"``, ``"unknown"`` or the name of a
             user's pattern.
         verdict: What happened.
         source: ``"file.py:41"`` of the user's line, or ``"?"``.

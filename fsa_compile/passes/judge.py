@@ -14,6 +14,7 @@ from ..registry.registry import patterns as registered
 from ..report import Proof, Reason, ReasonKind, Selection, Site, Verdict
 from . import dynamo_graph as dg
 from . import expr as x
+from .appearance import appearance
 from .buffers import Buffer, Buffers
 from .classify import Match, classify
 from .legality import Placement, Surroundings, needs_grad, place
@@ -26,6 +27,8 @@ from .refusal import Refusal
 from .shadow import Shadow, dynamo_node
 from .sites import SiteNodes, find_sites, unmatched_weights
 
+UNKNOWN = "unknown"
+"""The role of a site that is none of the known ones, or was not looked at far enough to tell."""
 LEAST_SHARE = 0.1
 """Of the time for proofs: what each site gets, however long others took."""
 UNROLLED = 8
@@ -62,6 +65,7 @@ class Judged:
         match, placement: What takes its place, and where; None if it is not to be rewritten.
         relies_on: The buffers on whose value the verdict may rest.
         fusion: Of a selected site: the op that makes its list.
+        elsewhere: Of a site that is proven, and refused for what lies around it: the verdict on it in other surroundings.
     """
 
     site: Site
@@ -70,6 +74,7 @@ class Judged:
     placement: Placement | None = None
     relies_on: tuple[Buffer, ...] = ()
     fusion: Fusion | None = None
+    elsewhere: Judged | None = None
 
     def refuse(self, reason: Reason) -> Judged:
         """Not to be rewritten after all."""
@@ -112,7 +117,7 @@ class Judge:
         node = dynamo_node(self.shadow, nodes.contraction)
         source, module = (dg.source_of(node), dg.module_of(node)) if node is not None else ("?", "")
         name = node.name if node is not None else nodes.contraction.name
-        return Judged(Site(role="unknown", verdict=Verdict.REFUSED, source=source, node=name, module=module), node)
+        return Judged(Site(role=UNKNOWN, verdict=Verdict.REFUSED, source=source, node=name, module=module), node)
 
     def _judge_turns(self, sites: Sequence[tuple[Judged, SiteNodes]], turns: Counter[tuple[str, str]]) -> Iterator[Judged]:
         """Of an unrolled loop only the first turn is analysed, unless that can be rewritten."""
@@ -156,12 +161,17 @@ class Judge:
                 reason = Reason(ReasonKind.NOT_SPARSE, f"{match.pattern.name} attention: left to the inner compiler")
                 return replace(blank, site=replace(site, verdict=Verdict.LEFT, reason=reason))
             placement = place(self.r, self.shadow, match)
-            self.surroundings.allow(placement)
             weigh(self.r, match, placement, always=self.options.profit == "always")
-            site = replace(site, verdict=Verdict.REWRITTEN)
-            return Judged(site, blank.node, match, placement, tuple(self.r.relied.values()))
+            proven = replace(site, verdict=Verdict.REWRITTEN)
+            judged = Judged(proven, blank.node, match, placement, tuple(self.r.relied.values()))
+            try:
+                self.surroundings.allow(placement)
+            except Refusal as refusal:
+                return Judged(_refused(site, refusal), blank.node, elsewhere=judged)
+            return judged
         except Refusal as refusal:
-            return replace(blank, site=_refused(site, refusal))
+            role = appearance(self.r, nodes.softmax) if site.role == UNKNOWN else None
+            return replace(blank, site=_refused(replace(site, role=role or site.role), refusal))
         except Unreadable as fault:
             return replace(blank, site=_refused(site, Refusal(ReasonKind.NOT_ATTENTION, f"not understood: {fault}")))
         except (x.TimeSpent, RecursionError):
@@ -222,6 +232,7 @@ def judged_again(j: Judged, copy: Mapping[Node, Node], surroundings: Surrounding
         copy: What stands in the repetition for its nodes.
         surroundings, buffers: Of the graph of the repetition.
     """
+    j = j.elsewhere or j
     assert j.node is not None
     node = copy[j.node]
     proofs = tuple(Proof(p.obligation, f"same as {j.site.node}", 0.0) for p in j.site.proofs)

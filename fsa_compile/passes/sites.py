@@ -92,11 +92,29 @@ def _contractions(r: Reader, n: Node) -> list[Node]:
             if r.is_quotient(user):
                 continue
             contracts = name in CONTRACTIONS or _sums_values(user, n)
-            if contracts and is_tensor(user) and user.meta["val"].dim() >= 2:
+            weighs = contracts and _weighs(r, user, seen)
+            if contracts and not weighs and is_tensor(user) and user.meta["val"].dim() >= 2:
                 found.append(user)
-            elif name in _TRANSPARENT or name in ("add", "sub") and _same_shape(user, n):
+            elif weighs or name in _TRANSPARENT or name in ("add", "sub") and _same_shape(user, n):
                 todo.append(user)
     return sorted(found, key=list(n.graph.nodes).index)
+
+
+def _weighs(r: Reader, contraction: Node, probabilities: set[Node]) -> bool:
+    """Whether all that probabilities are multiplied with are numbers that no data decide, as in ``p @ overlap``: the result is
+    a score for each block, not attention."""
+    todo = [n for n in contraction.all_input_nodes if n not in probabilities]
+    if not todo:
+        return False
+    above = set(todo)
+    while todo:
+        n = todo.pop()
+        if n.op == "placeholder" and n.name not in r.buffers and is_tensor(n):
+            return False
+        new = [a for a in n.all_input_nodes if a not in above]
+        above.update(new)
+        todo += new
+    return True
 
 
 def _same_shape(a: Node, b: Node) -> bool:

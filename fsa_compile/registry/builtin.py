@@ -80,7 +80,7 @@ class Full(Pattern):
 
     def match(self, form: FormView) -> Iterable[Candidate]:
         if form.dense and not form.data_dependent():
-            yield Candidate("unknown", {}, lambda p: x.TRUE, witnesses=(x.ZERO,))
+            yield Candidate("full", {}, lambda p: x.TRUE, witnesses=(x.ZERO,))
 
 
 class SlidingWindow(Pattern):

@@ -116,6 +116,22 @@ def test_what_only_the_surroundings_tell(monkeypatch):
     assert [s.proofs[0].method.startswith("same") for s in report.sites] == [False, False, True]
 
 
+def test_the_first_layer_alone_is_held_back(monkeypatch):
+    """What lies around the layer that was analysed says nothing about its repetitions."""
+    report, traced = run([Window(hook=True), Window(), Window()], monkeypatch)
+    hooked = ReasonKind.GRADIENT if torch.__version__ >= "2.12" else ReasonKind.LOGITS
+    assert [s.reason.kind if s.reason is not None else None for s in report.sites] == [hooked, None, None]
+    assert report.rewritten == 2
+    if hooked is ReasonKind.GRADIENT:
+        assert traced == run([Window()], monkeypatch)[1], "equal layers were analysed twice"
+
+
+def test_equal_layers_are_refused_for_the_same_reason(monkeypatch):
+    report, _ = run([Window(causal=False) for _ in range(3)], monkeypatch)
+    assert len({(s.role, s.reason, s.source) for s in report.sites}) == 1
+    assert report.sites[0].reason.kind is ReasonKind.MASK
+
+
 def test_frozen_layers_are_other_layers(monkeypatch):
     """Whether gradients flow decides what is legal."""
     layers = [Window() for _ in range(4)]
