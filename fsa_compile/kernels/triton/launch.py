@@ -56,7 +56,7 @@ class Launch:
         stages: Depth of the software pipeline.
         registers: Most registers of a thread, None for the compiler's choice.
         transposed: Backward keeps dK and dV as (d, keys).
-        hopper: The kernel of `selected_partial_hopper` or `selected_gradient_hopper` runs, where strides let it.
+        hopper: The kernel in Gluon for Hopper runs, where strides let it.
     """
 
     rows: int
@@ -134,7 +134,7 @@ def forward_launch(group: int, block_size: int, dk: int, dv: int, dtype: torch.d
     scattered rows of Q, and another one computes meanwhile.
     """
     # Blocks of 64 keys: the Gluon kernel is 10 % faster alone, but the call is not (docs/kernels/selected.md).
-    hopper = device.gluon and dtype.itemsize == 2 and {dk, dv} <= {64, 128} and block_size == 128 and group <= 64
+    hopper = device.gluon and dtype.itemsize == 2 and dk == dv == 128 and block_size == 128 and group <= 64
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
     precise = dtype == torch.float32  # IEEE float32 dots run on the scalar units: small tiles, registers are scarce
     rows = max(power_of_two(group), 32 if precise else 64)
@@ -156,15 +156,19 @@ def dense_launch(
     together = min(64 if group == 1 else 32, 2048 // power_of_two(slots))
     if together < 16:
         return None
+    hopper = device.gluon and dtype.itemsize == 2 and dk == dv == 128 and block_size % 64 == 0 and power_of_two(group) == group <= 64
     dk, dv = power_of_two(dk, 16), power_of_two(dv, 16)
     precise = dtype == torch.float32
     rows = max(power_of_two(group), 32 if precise else 64)
+    if hopper and power_of_two(group) * together >= 128:
+        rows = 128
     keys = min(power_of_two(block_size, 16), 32 if precise else 64)
     rows, keys, stages = _shrink(dense_shared_memory, dk, dv, dtype, device, group, rows, keys, 1 if precise else 2)
     if dense_shared_memory(rows, keys, dk, dv, dtype.itemsize, stages) > device.shared_memory:
         return None
     queries = min(together, power_of_two(rows // group + 1) // 2)
-    return Launch(rows, queries, keys, together, 8 if rows * max(dk, dv) > 8192 else 4, stages)
+    warps = rows // 16 if hopper else 8 if rows * max(dk, dv) > 8192 else 4
+    return Launch(rows, queries, keys, together, warps, stages, 128 if hopper and rows == 128 else None, hopper=hopper)
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from .items import LN2, LOG2E, last_visible, tile_mask
 from .launch import Launch, power_of_two
 from .launcher import run
 from .plan import Plan, Positions
+from .selected_dense_hopper import dense_kernel
+
 
 @triton.jit(do_not_specialize=["first_lane", "n_queries", "n_keys", "tiles", "offset"])
 def _dense_kernel(
@@ -28,9 +30,9 @@ def _dense_kernel(
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     o_stride_b, o_stride_h, o_stride_n, l_stride_b, l_stride_h,
     n_index_heads, lanes_per_kv, first_lane, n_queries, n_keys, tiles, offset, log2_scale,
-    G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE_QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CAPACITY: tl.constexpr, RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, KEYS: tl.constexpr, CAPACITY: tl.constexpr, RULE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    DK_PAD: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = TILE_QUERIES // QUERIES
     STEPS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
@@ -113,13 +115,25 @@ def launch_dense(
     """Attention of the plan's lanes over their dense blocks: out (b, hq, n, dv) and lse (b, hq, n), natural logarithm."""
     (_, hq, n, dk), (_, hkv, m, dv), offsets, dense = q.shape, v.shape, positions.offsets, plan.dense
     tiles, hi, queries = dense.count.shape[1], hq // group, min(dense.queries, launch.queries)
+    programs = len(plan.lanes) * tiles * (dense.queries // queries)
+    tensors = q, k, v, out, lse, dense.count, dense.block, dense.members, dense.count if offsets is None else offsets
+    fixed = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2], hi, hi // hkv,
+    )  # fmt: skip
+    varying = plan.lanes.start, n, m, tiles, positions.offset, scale * LOG2E
+    constants = dict(
+        G=group, DK=dk, DV=dv, BLOCK_SIZE=block_size, ROWS=launch.rows, QUERIES=queries, TILE_QUERIES=dense.queries,
+        KEYS=launch.keys, CAPACITY=dense.block.shape[2], RULE=rule, HAS_OFFSETS=offsets is not None,
+    )  # fmt: skip
+    aligned = all(stride % 16 == 0 for x in (q, k, v, out) for stride in x.stride()[:3])
+    if launch.hopper and aligned and m % block_size == 0:
+        run(
+            dense_kernel, programs, tensors, fixed, varying, {**constants, "WARPS": launch.warps}, stream,
+            num_warps=launch.warps, maxnreg=launch.registers,
+        )  # fmt: skip
+        return
+    padded = {**constants, "DK_PAD": power_of_two(dk, 16), "DV_PAD": power_of_two(dv, 16)}
     run(
-        _dense_kernel, len(plan.lanes) * tiles * (dense.queries // queries),
-        (q, k, v, out, lse, dense.count, dense.block, dense.members, dense.count if offsets is None else offsets),
-        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2], hi, hi // hkv),
-        (plan.lanes.start, n, m, tiles, positions.offset, scale * LOG2E),
-        dict(G=group, DK=dk, DV=dv, DK_PAD=power_of_two(dk, 16), DV_PAD=power_of_two(dv, 16), BLOCK_SIZE=block_size,
-             ROWS=launch.rows, QUERIES=queries, TILE_QUERIES=dense.queries, KEYS=launch.keys,
-             CAPACITY=dense.block.shape[2], RULE=rule, HAS_OFFSETS=offsets is not None),
-        stream, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        _dense_kernel, programs, tensors, fixed, varying, padded, stream,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
