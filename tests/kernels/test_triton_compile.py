@@ -95,23 +95,26 @@ def test_kernels_compile_and_fit(capability):
 
 
 def test_gluon_kernels_compile_and_fit():
-    """As above: nothing spills, and the matrix units are fed by 16-byte copies."""
+    """As above: little spills, and the matrix units are fed by 16-byte copies."""
     rows, device = compile_for(90, GLUON, "gluon"), launch.Device(90, TARGETS[90], gluon=True)
-    taken = [r for r in rows if r["kernel"] in ("partial_kernel", "gradient_kernel")]
-    # Forward takes blocks of 128 keys, backward all of more than 32.
-    assert [r["kernel"] for r in taken].count("gradient_kernel") == len(GLUON)
-    assert [r["kernel"] for r in taken].count("partial_kernel") == sum(x["block_size"] == 128 for x in GLUON)
+    taken = [r for r in rows if r["kernel"] in ("partial_kernel", "dense_kernel", "gradient_kernel")]
+    # Backward takes all of these, forward head dimensions of 128: lists of blocks of 128 keys, and dense blocks of any size.
+    square = [x for x in GLUON if x["dk"] == x["dv"] == 128]
+    expected = {"gradient_kernel": GLUON, "partial_kernel": [x for x in square if x["block_size"] == 128], "dense_kernel": square}
+    assert {name: [r["variant"] for r in taken if r["kernel"] == name] for name in expected} == expected
     for r in taken:
         x = r["variant"]
         choose, memory = {
             "partial_kernel": (launch.forward_launch, launch.forward_shared_memory),
+            "dense_kernel": (functools.partial(_dense_launch, x.get("slots", 16)), launch.dense_shared_memory),
             "gradient_kernel": (launch.backward_launch, launch.backward_shared_memory),
         }[r["kernel"]]
         chosen = choose(x["group"], x["block_size"], x["dk"], x["dv"], _dtype(x["dtype"]), device)
         assert chosen.hopper and chosen.warps == r["num_warps"]
         assert r["shared"] <= memory(chosen.rows, chosen.keys, x["dk"], x["dv"], 2, chosen.stages) <= TARGETS[90]
         assert r["wgmma"] and r["wide_load"] and not r["unset"] and not r["narrow_red"]
-        assert r["spills"] is None or r["spills"] <= 64
+        # Two programs of the dense kernel share a multiprocessor: 128 registers a thread, and the addresses do not all fit.
+        assert r["spills"] is None or r["spills"] <= (128 if r["kernel"] == "dense_kernel" else 64)
 
 
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)

@@ -102,7 +102,7 @@ SPELLINGS = (
         stored_in_place,
         Kind.S4,
         Mutant("the block before", {"shift": 1}),
-        Mutant("as low as a probability", {"value": 0.5}, must_refuse=True),
+        Mutant("as low as a probability", {"value": 0.5}),
         Mutant("one block", {"topk": 1}),
         Mutant("heads tiled", {"heads": tile}),
     ),
