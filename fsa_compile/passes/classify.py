@@ -129,6 +129,7 @@ def _first_proven(
                         return match
                     left.append(match)
                 except Refusal as refusal:
+                    _want_lengths(view, candidate)
                     refusal.fitted = bool(candidate.parameters)
                     refusals.append(refusal)
         except Refusal as refusal:  # a pattern that knows better while proposing
@@ -136,6 +137,23 @@ def _first_proven(
         except DataDependent as unknown:
             refusals.append(runtime_mask.needed(view, unknown.expression))
     return None
+
+
+def _want_lengths(view: FormView, candidate: Candidate) -> None:
+    """Lengths that no guard relates, although the mask does: as many keys as queries, and as many blocks to choose from as keys have.
+    """
+    form, r = view.form, view.reader
+    r.sizes.want_equal(form.keys, form.sizes[2])
+    if candidate.blocks is None:
+        return
+    size = candidate.blocks.block_size
+    picks = {t.args[0] for s in candidate.blocks.segments for t in x.walk(s.entry) if t.op == "apply" and t.args[0] in r.tops}
+    of_keys = x.floordiv(x.plus(form.keys, size - 1), size)
+    for node, axis in (r.tops[name] for name in sorted(picks)):
+        ranked = r.shape(node.args[0])[axis]
+        r.sizes.want_equal(ranked, of_keys)
+        if x.constant(ranked) == r.sizes.hint(of_keys):
+            r.sizes.want_number(of_keys)
 
 
 MASKS = (ReasonKind.MASK, ReasonKind.RUNTIME_MASK)

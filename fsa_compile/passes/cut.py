@@ -42,11 +42,13 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
         bs, ns = (size[o] if o is not x.ZERO else x.ONE for o in (b, i))
         dv = size[raw.value_dim]
         for ks, vs in itertools.product(keys, vals):
-            key = _key_coordinate(ks, raw)
-            if key is None or key is not _key_coordinate(vs, raw):
+            key, of_value = _key_coordinate(ks, raw), _key_coordinate(vs, raw)
+            if key is None or of_value is None:
                 continue
-            length = r.shape(ks.node)[ks.coords.index(key)]
-            if r.shape(vs.node)[vs.coords.index(key)] is not length:
+            length, values = r.shape(ks.node)[ks.coords.index(key)], r.shape(vs.node)[vs.coords.index(of_value)]
+            if length is not values:
+                r.sizes.want_equal(length, values)
+            if length is not values or key is not of_value:
                 continue
             pair = _head_layouts(r, ks, vs, (b, h, key), (bs, hq, length), raw, dv)
             if pair is None:
@@ -75,11 +77,23 @@ def cut(r: Reader, softmax: Node, anchor: Anchor, raw: NormalForm, replaceable: 
             else:
                 raise Refusal(ReasonKind.OPERANDS, "the queries have no view as (batch, heads, queries, head dim)")
     if not found:
+        _want_numbers(r, raw, rows)
         if not counted:
             raise Refusal(ReasonKind.SHAPE, "the number of heads is dynamic")
         if heads_wrong is not None:
             raise Refusal(ReasonKind.HEAD_MAP, f"query head h reads key/value head {x.show(heads_wrong)}, which is not h // G")
         raise _different_places(r, raw)
+
+
+def _want_numbers(r: Reader, raw: NormalForm, rows: list[Expr]) -> None:
+    """Heads and their dimensions, which the ops know as numbers: the last of the output's dimensions that keys have too."""
+    places = [s for place in (raw.q, raw.k, raw.v) for s in chain(r, *place)]
+    own = [c for c in chain(r, *raw.k)[-1].coords if not any(t.op == "apply" for t in x.walk(c))]
+    of_keys = [v for v in map(x.as_var, rows) if v is not None and any(v in c.free for c in own)]
+    sizes = [v.args[1] for v in (*of_keys[-1:], x.as_var(raw.d), x.as_var(raw.value_dim)) if v is not None]
+    sizes += [size for s in places for c, size in zip(s.coords, r.shape(s.node)) if c.free & set(of_keys[-1:])]
+    for size in sizes:
+        r.sizes.want_number(size)
 
 
 def _other_head_map(

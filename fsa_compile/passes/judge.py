@@ -137,6 +137,7 @@ class Judge:
     def _judge(self, blank: Judged, nodes: SiteNodes) -> Judged:
         """The verdict on one site. All sites that come to nothing share the time for proofs; each gets at least a share of it."""
         start = time.thread_time()
+        wanted = dict(self.r.sizes.wanted)
         try:
             with x.time_limit(max(self.options.proof_seconds - self.in_vain, LEAST_SHARE * self.options.proof_seconds)):
                 judged = self._verdict(blank, nodes)
@@ -148,6 +149,8 @@ class Judge:
             judged = replace(blank, site=_refused(blank.site, Refusal(ReasonKind.UNDECIDED, text)))
         if judged.match is None and judged.site.verdict is not Verdict.LEFT:
             self.in_vain += time.thread_time() - start
+        else:
+            self.r.sizes.wanted = wanted
         return judged
 
     def _verdict(self, blank: Judged, nodes: SiteNodes) -> Judged:

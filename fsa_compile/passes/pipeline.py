@@ -18,13 +18,14 @@ from .buffers import Buffers
 from .differential import known_values, Mismatch, SecondLine
 from .judge import Fusion, internal, Judge, judged_again, Judged
 from .legality import Surroundings
-from .parts import attention_parts, repeated, to_trace
+from .parts import attention_parts, Repeated, repeated, to_trace
 from .precedents import Precedents
 from .reader import Reader
 from .refusal import Refusal
 from .region import Original
 from .rewrite import Emission, Rewriter
 from .shadow import Shadow, dynamo_node, trace
+from .sizes import Sizes
 
 
 @dataclass
@@ -134,8 +135,7 @@ def _analyse(
     surroundings = Surroundings(gm.graph, modes)
     judged: list[Judged] = []
     if shadow is not None:
-        reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow))
-        judged = Judge(reader, shadow, surroundings, buffers, options).judge(fresh)
+        judged = _judge(shadow, surroundings, buffers, options, fresh)
         precedents.add(fresh, judged)
     known = [(j, copy) for g, precedent in groups if precedent is not None for j, copy in precedent.copies(g)]
     judged += [judged_again(j, copy, surroundings, buffers) for j, copy in known]
@@ -143,6 +143,44 @@ def _analyse(
     judged.sort(key=lambda j: order.get(j.node, len(order)) if j.node is not None else len(order))
     clock.lap("lift and prove")
     return judged
+
+
+ROUNDS = 4
+"""So often a graph is judged again under equalities of sizes that a proof would have needed."""
+
+
+def _judge(
+    shadow: Shadow, surroundings: Surroundings, buffers: Buffers, options: Options, groups: Sequence[Repeated]
+) -> list[Judged]:
+    """The sites of the first of equal parts. Where a proof fails for want of an equality of dynamic sizes that holds now, such as
+    the lengths of keys and values, it is assumed; what then is rewritten that was not before is worth a guard."""
+
+    def under(sizes: Sizes) -> list[Judged]:
+        reader = Reader(shadow.graph_module, buffers.read_by(shadow), functools.partial(_place, shadow), sizes)
+        return Judge(reader, shadow, surroundings, buffers, options).judge(groups)
+
+    sizes = Sizes()
+    judged, worth = under(sizes), ()
+    best, assumed, wanted = _gained(judged), (), tuple(sizes.wanted)
+    for _ in range(ROUNDS):
+        if not wanted:
+            break
+        # A number serves one size only, and under the equalities it may not be wanted any more.
+        assumed += tuple(w for w in wanted if not any(side.is_number for side in w.args)) or wanted
+        sizes = Sizes(assumed)
+        gained = _gained(under(sizes))
+        if gained > best:
+            best, worth = gained, assumed
+        wanted = tuple(w for w in sizes.wanted if w not in assumed)
+    if not worth:
+        return judged
+    sizes.guard(worth)
+    return under(Sizes())
+
+
+def _gained(judged: Sequence[Judged]) -> tuple[int, int]:
+    """How many sites are rewritten, and how many with their selections."""
+    return sum(j.match is not None for j in judged), sum(j.fusion is not None for j in judged)
 
 
 def _rewrite(

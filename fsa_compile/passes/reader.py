@@ -119,6 +119,7 @@ class Reader:
         graph_module: The graph.
         buffers: By the name of a placeholder: the buffer that it is, whose value may be read.
         place: From the name of a node to what the user calls it, and to the line where it stands.
+        sizes: What is known of the graph's sizes.
     """
 
     def __init__(
@@ -126,12 +127,13 @@ class Reader:
         graph_module: GraphModule,
         buffers: Mapping[str, Buffer] = MappingProxyType({}),
         place: Callable[[str], tuple[str, str | None]] = lambda name: (name, None),
+        sizes: Sizes | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.buffers, self.place = buffers, place
         self.relied: dict[str, Buffer] = {}
         """The buffers whose value was read: what is concluded holds only for it."""
-        self.sizes = Sizes()
+        self.sizes = Sizes() if sizes is None else sizes
         self.nodes = {n.name: n for n in graph_module.graph.nodes}
         self.operands: dict[Expr, tuple[tuple[Node | None, Coords], ...]] = {}
         """For each contraction: its factors as (node, coordinates)."""

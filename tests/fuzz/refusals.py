@@ -56,17 +56,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "selected",
         "operands: the keys that the logits see",
     ),
-    # Keys and values of two inputs, each with a length of its own, meet in no op that compares them: each query gathers its own.
-    Refusal(
-        {"dynamic": "mark", "entry": "heads", "window.form": "positions"}, "window", "operands: the keys that the logits see"
-    ),
-    # Heads of inputs have no number when all sizes are dynamic, and the ops want to know which heads share keys.
-    Refusal(
-        {"dynamic": "all", "entry": "heads", "selected.scores": ("list", "input")}, "selected", "shape: the number of heads is dynamic"
-    ),
-    Refusal({"dynamic": "all", "entry": "heads", "selected.product": "sdpa"}, "selected", "shape: the head dimension is dynamic"),
-    Refusal({"dynamic": "all", "entry": "heads"}, "window", "shape: the number of heads is dynamic"),
-    Refusal({"dynamic": "all", "entry": "heads"}, "compressed", "shape: the number of heads is dynamic"),
     # The score of an entry is compared where the entries of all rows stand in one pool: no tensor of the model holds the result.
     Refusal(
         {
@@ -77,21 +66,6 @@ REFUSALS: tuple[Refusal, ...] = (
         },
         "selected",
         "mask: the block list holds dot",
-    ),
-    # Scores from outside have a number of blocks of their own. That no block lies behind the keys is then not known, so a query
-    # may see none; that matters where its row has to be known, and where blocks are gathered.
-    *(
-        Refusal(
-            {"dynamic": ("mark", "all"), "selected.scores": "input", "selected.rule": ("listed", "diagonal")} | others,
-            "selected",
-            reason,
-        )
-        for others, reason in (
-            ({"selected.form": "gather"}, "operands: a visible key lies outside the keys"),
-            ({"selected.apply": ("additive", "additive_where", "penalty")}, "gradient: a query may see no key"),
-            ({"selected.softmax": ("by_hand", "by_hand_max", "logsumexp", "log_softmax")}, "gradient: a query may see no key"),
-            ({"selected.product": "sdpa", "selected.attn_mask": ("float", "float_where"), "selected.fill": "-1e9"}, "empty_rows: "),
-        )
     ),
 )
 

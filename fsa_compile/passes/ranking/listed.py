@@ -92,7 +92,10 @@ def _picks(r: Reader, leaf: Expr, slot: Expr, counts: Expr) -> tuple[str, Coords
     node, axis = r.tops[atom.args[0]]
     if op_name(node) != "topk" or not argument(node, 3, "largest", True):
         return None
-    width = x.constant(r.sizes.shape(node.meta["val"][1])[axis])
+    number = r.sizes.shape(node.meta["val"][1])[axis]
+    width = x.constant(number)
+    if width is None:  # the smallest of a number and all blocks there are, as a rule
+        r.sizes.want_number(number)
     ahead = x.constant(x.minus(atom.args[1][axis], x.poly(slot)))
     slots = x.constant(slot.args[1])
     if width is None or ahead is None or slots is None:

@@ -54,9 +54,9 @@ class ByProbability:
         for given, constant, shares in leaves:
             if shares and constant == 0:
                 self.cases.scored.append(given)
-            elif constant + self._bound(shares) <= 0:
+            elif constant == -math.inf or constant + self._bound(shares) <= 0:
                 self.cases.excluded.append(given)
-            elif constant > highest:
+            elif constant == math.inf or constant > highest:  # sums are finite, whatever a dynamic length is
                 self.cases.forced.append(given)
             else:
                 raise kept(f"blocks with the fixed score {constant:g} may tie with others")

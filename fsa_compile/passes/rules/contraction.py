@@ -213,6 +213,8 @@ def _kv_lead(r: Reader, n: Node, c: Coords) -> Coords:
         return c[:-2]
     hq, hkv = x.constant(r.shape(q)[-3]), x.constant(r.shape(k)[-3])
     if hq is None or hkv is None:
+        for size in (r.shape(q)[-3], r.shape(k)[-3]):
+            r.sizes.want_number(size)
         raise Refusal(ReasonKind.HEAD_MAP, "the number of heads is dynamic")
     return (*c[:-3], x.floordiv(c[-3], hq // hkv))
 
@@ -235,6 +237,7 @@ def _sdpa_logit(r: Reader, n: Node, c: Coords) -> Expr:
     if scale is None:
         width = x.constant(r.shape(q)[-1])
         if width is None:
+            r.sizes.want_number(r.shape(q)[-1])
             raise Refusal(ReasonKind.SHAPE, "the head dimension is dynamic")
         scale = width**-0.5
     e = x.scaled(e, float(scale))
